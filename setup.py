@@ -1,0 +1,31 @@
+"""Packaging of distributed_muon; the build system and tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+PLOT = ["matplotlib>=3.8"]
+DEEPSPEED = ["deepspeed>=0.19.8"]
+MEGATRON = ["megatron-core>=0.16.1", "psutil"]
+TRAIN = ["tokenizers>=0.20", "tqdm>=4.66", "PyYAML>=6.0", *PLOT]
+TEST = ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", *TRAIN]
+
+setup(
+    name="distributed_muon",
+    version="0.1.0",
+    description="ZeRO-1 distributed Muon optimizer for PyTorch, Megatron-core and DeepSpeed",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["distributed_muon", "distributed_muon.*", "launch", "launch.*", "perf", "perf.*"]),
+    install_requires=["torch>=2.8", "numpy"],
+    extras_require={
+        "deepspeed": DEEPSPEED,
+        "megatron": MEGATRON,
+        "plot": PLOT,
+        "train": TRAIN,
+        "test": TEST,
+        "all": sorted({*DEEPSPEED, *MEGATRON, *TRAIN, *TEST}),
+    },
+)
