@@ -1,0 +1,153 @@
+"""The collectives of one process group: contiguous, counted, and skipped where the group is one rank.
+
+Every byte the optimizer sends goes through here, so `sent_bytes` is what was really moved. On gloo the
+reduce-scatter and all-gather are built from point-to-point messages: gloo's own reduce-scatter is an
+all-reduce (twice the bytes) and its all-gather copies through a ring.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# torch 2.13 renamed the two; older releases only know the first names.
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Pending:
+    """A collective under way; holds its tensors alive until `wait()` returns."""
+
+    def __init__(self, works: Sequence[Any], *tensors: Tensor, finish: Callable[[], None] | None = None) -> None:
+        self._works, self._tensors, self._finish = works, tensors, finish
+
+    def wait(self) -> None:
+        """Block (CPU) or make the current stream wait (CUDA) until the result is there; idempotent."""
+        for work in self._works:
+            work.wait()
+        if self._finish is not None:
+            self._finish()
+        self._works, self._tensors, self._finish = (), (), None
+
+
+class Collectives:
+    """Collectives over `group`, issued by all its ranks in the same order.
+
+    Args:
+        group: the process group; None is the default group, or a single rank where torch.distributed
+            is not initialized.
+
+    Attributes:
+        rank, size: of this rank in the group.
+        sent_bytes: bytes this rank sent, by collective ("reduce_scatter", "all_gather", "all_to_all",
+            "all_reduce"), counted as the (size - 1) / size share that leaves the rank; an all-reduce
+            counts as reduce-scatter plus all-gather.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        initialized = dist.is_available() and dist.is_initialized()
+        self.group = group
+        self.size = dist.get_world_size(group) if initialized else 1
+        self.rank = dist.get_rank(group) if initialized else 0
+        if self.rank < 0:
+            raise ValueError("process_group does not contain this rank: pass the group this rank belongs to")
+        self.sent_bytes: Counter[str] = Counter()
+        self._direct = initialized and dist.get_backend(group) == "gloo"
+
+    def reduce_scatter(self, output: Tensor, input: Tensor) -> Pending:
+        """Sum `input` over the ranks; `output` gets this rank's 1/size of it.
+
+        Args:
+            output: (n,) contiguous. input: (n * size,) contiguous, same dtype; not written.
+        """
+        if self.size == 1:
+            output.copy_(input)
+            return Pending(())
+        self._count("reduce_scatter", input, self.size)
+        if not self._direct:
+            work = _reduce_scatter(output, input, group=self.group, async_op=True)
+            return Pending([work], output, input)
+        parts = input.view(self.size, -1)
+        received = torch.empty_like(parts)
+        others = self._others()
+        works = self._messages({peer: parts[peer] for peer in others}, {peer: received[peer] for peer in others})
+
+        def add_up() -> None:
+            # In rank order, so that the sum does not depend on which rank owns the shard.
+            received[self.rank] = parts[self.rank]
+            torch.add(received[0], received[1], out=output)
+            for peer in range(2, self.size):
+                output.add_(received[peer])
+
+        return Pending(works, output, input, received, finish=add_up)
+
+    def all_gather(self, output: Tensor) -> Pending:
+        """Fill `output`, of which this rank already wrote its own 1/size, with every rank's part.
+
+        Args:
+            output: (n * size,) contiguous.
+        """
+        if self.size == 1:
+            return Pending(())
+        self._count("all_gather", output, self.size)
+        parts = output.view(self.size, -1)
+        if not self._direct:
+            work = _all_gather(output, parts[self.rank], group=self.group, async_op=True)
+            return Pending([work], output)
+        others = self._others()
+        works = self._messages({p: parts[self.rank] for p in others}, {p: parts[p] for p in others})
+        return Pending(works, output)
+
+    def all_to_all(
+        self, output: Tensor, input: Tensor, recv_counts: Sequence[int], send_counts: Sequence[int]
+    ) -> Pending:
+        """Send `send_counts[r]` consecutive elements of `input` to each rank r; receive likewise.
+
+        Args:
+            output: (sum(recv_counts),) contiguous. input: (sum(send_counts),) contiguous.
+        """
+        self.sent_bytes["all_to_all"] += (sum(send_counts) - send_counts[self.rank]) * input.element_size()
+        if self._direct:
+            sends, recvs = input.split(list(send_counts)), output.split(list(recv_counts))
+            works = self._messages(
+                {peer: sends[peer] for peer in self._others() if send_counts[peer]},
+                {peer: recvs[peer] for peer in self._others() if recv_counts[peer]},
+            )
+            recvs[self.rank].copy_(sends[self.rank])
+            return Pending(works, output, input)
+        work = dist.all_to_all_single(
+            output, input, list(recv_counts), list(send_counts), group=self.group, async_op=True
+        )
+        return Pending([work], output, input)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum a small contiguous tensor over the ranks, in place, and wait for it."""
+        if self.size > 1:
+            self._count("all_reduce", tensor, self.size)
+            self._count("all_reduce", tensor, self.size)
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's `value` (picklable), by rank; not counted, for use at construction only."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def _others(self) -> list[int]:
+        return [peer for peer in range(self.size) if peer != self.rank]
+
+    def _messages(self, sends: dict[int, Tensor], recvs: dict[int, Tensor]) -> list[Any]:
+        ops = [dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer) for peer, tensor in recvs.items()]
+        ops += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends.items()]
+        return dist.batch_isend_irecv(ops) if ops else []
+
+    def _count(self, kind: str, tensor: Tensor, size: int) -> None:
+        self.sent_bytes[kind] += tensor.numel() * tensor.element_size() * (size - 1) // size

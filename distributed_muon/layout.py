@@ -1,0 +1,257 @@
+"""Who holds which elements: buckets, the shards that cut them, and the pieces of every matrix.
+
+A *layout* lists, for every rank of a rank domain, its shards (contiguous runs of the rank-local
+tensors) and derives from them the *pieces*: the rectangle of each matrix that each shard holds.
+Flat buffers, Megatron's buckets, DeepSpeed's partitions and tensor-parallel slices differ only in
+the shards they list. Pure Python, so thousands of ranks can be planned on a laptop.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from distributed_muon.matrices import Block, Matrix, TensorSpec
+
+# Elements a tensor's start is padded to in a bucket: 64 bytes of fp32, one cache line, and more than
+# the 16 bytes that GPU vector loads and NCCL want.
+ALIGNMENT = 16
+
+
+class Shard(NamedTuple):
+    """Flat elements [start, stop) of rank-local tensor number `tensor`, held by one rank."""
+
+    tensor: int
+    start: int
+    stop: int
+
+
+class Piece(NamedTuple):
+    """A rectangle of a matrix inside one shard of one rank.
+
+    Element (i, j), i < rows, j < cols, is element `offset + i * stride + j` of the shard and element
+    `at + i * pitch + j` of the flattened matrix. A contiguous run is one row.
+    """
+
+    matrix: int
+    rank: int
+    shard: int
+    offset: int
+    stride: int
+    at: int
+    pitch: int
+    rows: int
+    cols: int
+    replica: int  # 0: the copy that travels to the home; others (TP-replicated tensors) only get updates
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.cols
+
+
+class Bucket(NamedTuple):
+    """A flat buffer of whole tensors: tensor `tensors[i]` starts at element `offsets[i]` of `numel`."""
+
+    tensors: tuple[int, ...]
+    offsets: tuple[int, ...]
+    numel: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shards of every rank of a domain, and the matrices and pieces that follow from them.
+
+    Args:
+        tensors: the rank-local tensors, in registration (forward) order, the same on every rank.
+        shards: for each rank of the domain, the shards it holds.
+        tp_ranks: for each rank of the domain, its tensor-parallel rank (all 0 without TP).
+        matrices: every matrix of every tensor, in tensor order.
+        pieces: every rectangle of a matrix inside a shard, ordered by matrix, then rank.
+    """
+
+    tensors: tuple[TensorSpec, ...]
+    shards: tuple[tuple[Shard, ...], ...]
+    tp_ranks: tuple[int, ...]
+    matrices: tuple[Matrix, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def world(self) -> int:
+        """Number of ranks in the domain."""
+        return len(self.shards)
+
+    @staticmethod
+    def build(
+        tensors: Sequence[TensorSpec],
+        shards: Sequence[Sequence[Shard]],
+        tp_ranks: Sequence[int] | None = None,
+    ) -> Layout:
+        """Derive matrices and pieces, and check that every matrix element has exactly one sender.
+
+        Args:
+            tensors: the rank-local tensors, as on any rank (TP ranks hold equal shapes).
+            shards: per domain rank, the shards it holds.
+            tp_ranks: per domain rank, its TP rank; None means no tensor parallelism.
+
+        Raises:
+            ValueError: the shards leave elements of a matrix out, or hold them twice.
+        """
+        tp_ranks = tuple(tp_ranks) if tp_ranks is not None else (0,) * len(shards)
+        matrices: list[Matrix] = []
+        first: list[int] = []
+        for spec in tensors:
+            first.append(len(matrices))
+            matrices += spec.matrices()
+        blocks: dict[tuple[int, int], tuple[list[Block], list[int]]] = {}
+        pieces: list[Piece] = []
+        for rank, held in enumerate(shards):
+            for index, shard in enumerate(held):
+                spec = tensors[shard.tensor]
+                if spec.rule is None:
+                    continue
+                key = (shard.tensor, tp_ranks[rank] if spec.tp_size > 1 else 0)
+                if key not in blocks:
+                    found = spec.blocks(key[1])
+                    blocks[key] = found, [b.local_row for b in found]
+                replica = tp_ranks[rank] if spec.tp_size == 1 else 0
+                where = (first[shard.tensor], rank, index, replica)
+                pieces += _cut(shard, spec.view[2], *blocks[key], matrices, *where)
+        pieces.sort(key=lambda p: (p.matrix, p.rank, p.shard, p.offset))
+        layout = Layout(tuple(tensors), tuple(map(tuple, shards)), tp_ranks, tuple(matrices), tuple(pieces))
+        layout._check_coverage()
+        return layout
+
+    def _check_coverage(self) -> None:
+        covered = [0] * len(self.matrices)
+        for piece in self.pieces:
+            if piece.replica == 0:
+                covered[piece.matrix] += piece.numel
+        for matrix, count in zip(self.matrices, covered, strict=True):
+            if count != matrix.numel:
+                raise ValueError(
+                    f"layout holds {count} of the {matrix.numel} elements of matrix {matrix.name!r}: "
+                    "every element must lie in exactly one rank's shard"
+                )
+
+
+def _cut(
+    shard: Shard,
+    width: int,
+    blocks: list[Block],
+    block_rows: list[int],
+    matrices: Sequence[Matrix],
+    first_matrix: int,
+    rank: int,
+    index: int,
+    replica: int,
+) -> Iterator[Piece]:
+    """The pieces of `shard` in a tensor whose local 2-D view is `width` wide."""
+    if shard.start >= shard.stop:
+        return
+    # The last block whose first row is at or before the shard's first row, and its neighbours in that row.
+    begin = max(0, bisect_right(block_rows, shard.start // width) - 1)
+    while begin and block_rows[begin - 1] == block_rows[begin]:
+        begin -= 1
+    for block in blocks[begin:]:
+        base = block.local_row * width + block.local_col
+        if block.local_row * width >= shard.stop:
+            return
+        matrix = first_matrix + block.matrix
+        pitch = matrices[matrix].cols
+        target = block.row * pitch + block.col
+
+        def piece(
+            row: int, rows: int, low: int, cols: int, *, base: int = base, matrix: int = matrix, pitch: int = pitch,
+            target: int = target,
+        ) -> Piece:  # fmt: skip
+            offset = base + row * width + low - shard.start
+            return Piece(matrix, rank, index, offset, width, target + row * pitch + low, pitch, rows, cols, replica)
+
+        if block.cols == width == pitch:  # whole rows on both sides: one contiguous run
+            low, high = max(shard.start - base, 0), min(shard.stop - base, block.rows * width)
+            if low < high:
+                run = piece(0, 1, low, high - low)
+                yield run._replace(stride=high - low, pitch=high - low)
+            continue
+        row = max(0, (shard.start - block.cols - base) // width + 1)
+        stop = min(block.rows, -((base - shard.stop) // width))
+        while row < stop:
+            begins = base + row * width
+            low, high = max(0, shard.start - begins), min(block.cols, shard.stop - begins)
+            if (low, high) != (0, block.cols):
+                yield piece(row, 1, low, high - low)
+                row += 1
+                continue
+            whole = min(stop, (shard.stop - base - block.cols) // width + 1) - row
+            yield piece(row, whole, 0, block.cols)
+            row += whole
+
+
+def make_buckets(
+    numels: Sequence[int], dp: int, *, bucket_numel: int | None, aligned: bool, order: Sequence[int] | None = None
+) -> list[Bucket]:
+    """Group tensors into flat buckets, each later cut into `dp` equal shards.
+
+    Args:
+        numels: elements of each tensor.
+        dp: ranks that will cut each bucket.
+        bucket_numel: elements after which a bucket is closed; None puts everything into one.
+        aligned: order the tensors inside a bucket so that as few as possible straddle a cut.
+        order: tensor numbers in the order their gradients arrive; None is reverse registration order.
+
+    Returns:
+        The buckets; each tensor starts at a multiple of ALIGNMENT elements.
+    """
+    buckets: list[Bucket] = []
+    pending: list[int] = []
+    filled = 0
+    order = list(reversed(range(len(numels)))) if order is None else list(order)
+    for number, tensor in enumerate(order):
+        pending.append(tensor)
+        filled += _padded(numels[tensor])
+        if number == len(order) - 1 or (bucket_numel is not None and filled >= bucket_numel):
+            shard_numel = -(-filled // (dp * ALIGNMENT)) * ALIGNMENT
+            packed = _fill_slots(pending, numels, shard_numel) if aligned else pending
+            offsets, at = [], 0
+            for item in packed:
+                offsets.append(at)
+                at += _padded(numels[item])
+            buckets.append(Bucket(tuple(packed), tuple(offsets), shard_numel * dp))
+            pending, filled = [], 0
+    return buckets
+
+
+def _padded(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def _fill_slots(tensors: Sequence[int], numels: Sequence[int], slot: int) -> list[int]:
+    """Order tensors so that slots of `slot` elements are filled by whole tensors, largest first.
+
+    Where none fits into the room left in a slot, the largest remaining one straddles into the next.
+    """
+    left = sorted(tensors, key=lambda t: (-numels[t], t))
+    packed, at = [], 0
+    while left:
+        room = slot - at % slot
+        pick = next((t for t in left if _padded(numels[t]) <= room), left[0])
+        left.remove(pick)
+        packed.append(pick)
+        at += _padded(numels[pick])
+    return packed
+
+
+def cut_buckets(buckets: Sequence[Bucket], numels: Sequence[int], dp: int) -> list[list[Shard]]:
+    """Cut every bucket into `dp` equal parts; the shards of each rank, bucket by bucket."""
+    shards: list[list[Shard]] = [[] for _ in range(dp)]
+    for bucket in buckets:
+        size = bucket.numel // dp
+        for tensor, offset in zip(bucket.tensors, bucket.offsets, strict=True):
+            end = offset + numels[tensor]
+            for rank in range(offset // size, (max(end, offset + 1) - 1) // size + 1):
+                start, stop = max(offset, rank * size), min(end, (rank + 1) * size)
+                if start < stop:
+                    shards[rank].append(Shard(tensor, start - offset, stop - offset))
+    return shards
