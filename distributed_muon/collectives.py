@@ -125,11 +125,12 @@ class Collectives:
         )
         return Pending([work], output, input)
 
-    def all_reduce(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor, *, counted: bool = True) -> Tensor:
         """Sum a small contiguous tensor over the ranks, in place, and wait for it."""
         if self.size > 1:
-            self._count("all_reduce", tensor, self.size)
-            self._count("all_reduce", tensor, self.size)
+            if counted:
+                self._count("all_reduce", tensor, self.size)
+                self._count("all_reduce", tensor, self.size)
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
@@ -140,6 +141,16 @@ class Collectives:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def warm_up(self, device: torch.device) -> None:
+        """Connect all pairs of ranks, so that the first real all-to-all cannot deadlock across nodes; not counted."""
+        if self.size > 1:
+            counts = [1] * self.size
+            dist.all_reduce(torch.zeros(1, device=device), group=self.group)
+            self.all_to_all(
+                torch.zeros(self.size, device=device), torch.zeros(self.size, device=device), counts, counts
+            ).wait()
+            self.sent_bytes.clear()
 
     def _others(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]

@@ -1,13 +1,17 @@
-"""Seconds by phase of a step, on the CPU clock or by CUDA events without stopping the stream."""
+"""What a step measured: seconds by phase, and per-matrix values collected from the homes."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
+
+from distributed_muon.collectives import Collectives
+from distributed_muon.plan import Plan
 
 
 class PhaseTimer:
@@ -51,3 +55,28 @@ class PhaseTimer:
         """Forget all phases."""
         self._seconds.clear()
         self._events.clear()
+
+
+def merge_measured(
+    collectives: Collectives, plan: Plan, measured: Mapping[str, Mapping[int, Tensor]], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Bring values measured at the homes to every rank; collective over the plan's domain, not counted.
+
+    Args:
+        measured: per quantity, {matrix number: 0-d tensor} of this rank's homes.
+
+    Returns:
+        Per quantity, {matrix name: value} for every matrix that was orthogonalized.
+    """
+    out = {}
+    for name, values in sorted(measured.items()):
+        mine = {matrix: value for matrix, value in values.items() if plan.homes[matrix][0] == collectives.rank}
+        total = torch.zeros(2, len(plan.homes), device=device)
+        if mine:
+            index = torch.tensor(list(mine), device=device)
+            total[0, index] = torch.stack(list(mine.values())).to(total.dtype)
+            total[1, index] = 1
+        found, counts = collectives.all_reduce(total, counted=False).tolist()
+        names = [matrix.name for matrix in plan.layout.matrices]
+        out[name] = {n: value for n, value, count in zip(names, found, counts, strict=True) if count}
+    return out

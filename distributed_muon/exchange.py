@@ -39,9 +39,7 @@ class Shipment:
         outgoing, incoming: one (rows, cols) tensor per piece of transfer.send and transfer.recv.
     """
 
-    def __init__(
-        self, transfer: Transfer, collectives: Collectives, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, transfer: Transfer, collectives: Collectives, dtype: torch.dtype, device: torch.device) -> None:
         self._transfer, self._collectives = transfer, collectives
         self._sent = torch.empty(sum(transfer.send_counts), dtype=dtype, device=device)
         self._received = torch.empty(sum(transfer.recv_counts), dtype=dtype, device=device)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from distributed_muon.matrices import Block, Matrix, TensorSpec
@@ -81,6 +82,11 @@ class Layout:
     def world(self) -> int:
         """Number of ranks in the domain."""
         return len(self.shards)
+
+    @cached_property
+    def tensor_of_matrix(self) -> list[int]:
+        """Per matrix, the number of the tensor it is part of."""
+        return [tensor for tensor, spec in enumerate(self.tensors) for _ in spec.matrices()]
 
     @staticmethod
     def build(
@@ -190,7 +196,12 @@ def _cut(
 
 
 def make_buckets(
-    numels: Sequence[int], dp: int, *, bucket_numel: int | None, aligned: bool, order: Sequence[int] | None = None
+    numels: Sequence[int],
+    dp: int,
+    *,
+    bucket_numel: int | None,
+    aligned: bool,
+    order: Sequence[int] | None = None,
 ) -> list[Bucket]:
     """Group tensors into flat buckets, each later cut into `dp` equal shards.
 

@@ -131,6 +131,14 @@ class Plan:
             by_matrix[piece.matrix].append(piece)
         return by_matrix
 
+    def last_wave_by_tensor(self) -> list[int]:
+        """Per tensor, the wave that updates the last of its matrices; -1 for tensors without matrices."""
+        wave_of = {matrix: wave for wave, matrices in enumerate(self.waves) for matrix in matrices}
+        last = [-1] * len(self.layout.tensors)
+        for matrix, tensor in enumerate(self.layout.tensor_of_matrix):
+            last[tensor] = max(last[tensor], wave_of[matrix])
+        return last
+
     def schedule(self, rank: int) -> list[Wave]:
         """What `rank` holds, orthogonalizes, sends and receives in each wave."""
         return [self._wave(matrices, rank) for matrices in self.waves]
@@ -156,9 +164,7 @@ class Plan:
         )
         return Wave(held, tuple(map(tuple, by_shape.values())), gather, scatter)
 
-    def _transfer(
-        self, idle: bool, send: Iterable[tuple[int, Piece]], recv: Iterable[tuple[int, Piece]]
-    ) -> Transfer:
+    def _transfer(self, idle: bool, send: Iterable[tuple[int, Piece]], recv: Iterable[tuple[int, Piece]]) -> Transfer:
         sides = []
         for side in (send, recv):
             counts = [0] * self.layout.world
@@ -291,9 +297,7 @@ def _longest_first(
     return homes
 
 
-def _waves(
-    layout: Layout, homes: Sequence[tuple[int, ...]], wave_numel: int
-) -> tuple[tuple[int, ...], ...]:
+def _waves(layout: Layout, homes: Sequence[tuple[int, ...]], wave_numel: int) -> tuple[tuple[int, ...], ...]:
     """Give every home about `wave_numel` elements per wave, in forward order, so that homes finish together."""
     taken = [0] * layout.world
     waves: dict[int, list[int]] = defaultdict(list)

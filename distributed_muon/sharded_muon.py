@@ -23,7 +23,7 @@ from distributed_muon.collectives import Collectives
 from distributed_muon.diagnostics import PhaseTimer
 from distributed_muon.exchange import Shipment, held_view, matrix_view
 from distributed_muon.newton_schulz import coefficient_table, orthogonalize
-from distributed_muon.plan import Plan, Wave
+from distributed_muon.plan import Plan, Transfer, Wave
 from distributed_muon.update import apply_update, lr_ratio, momentum_update
 
 
@@ -45,7 +45,7 @@ class ShardedMuon:
         collectives: of that domain.
         masters: fp32 1-D, one per shard of this rank in the plan's layout; updated in place.
         momenta: fp32 1-D, same shapes; momentum of the exponential-moving-average form.
-        ns_dtype: of Newton-Schulz and of the wire. ns_form: "auto", "standard" or "gram".
+        device: of all tensors. ns_dtype: of Newton-Schulz and of the wire. ns_form: "auto", "standard" or "gram".
         timer: phases are added to it.
 
     Attributes:
@@ -61,14 +61,16 @@ class ShardedMuon:
         masters: Sequence[Tensor],
         momenta: Sequence[Tensor],
         *,
+        device: torch.device,
         ns_dtype: torch.dtype,
         ns_form: str,
         timer: PhaseTimer,
     ) -> None:
         self.plan, self.masters, self.momenta = plan, masters, momenta
+        self._device = device
         self._collectives, self._dtype, self._form, self._timer = collectives, ns_dtype, ns_form, timer
         self._schedule = plan.schedule(collectives.rank)
-        self._tensor_of = _tensor_of_matrix(plan)
+        self._tensor_of = plan.layout.tensor_of_matrix
         self.ns_calls = 0
         self.track = {"update_rms"}
         self.measured: dict[str, dict[int, Tensor]] = {}
@@ -106,18 +108,20 @@ class ShardedMuon:
             after_wave(number)
 
     def _start_gather(
-        self, number: int, grads: Sequence[Tensor], groups: Sequence[Mapping[str, Any]], active: Sequence[bool]
+        self,
+        number: int,
+        grads: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+        active: Sequence[bool],
     ) -> _WaveInFlight:
         wave = self._schedule[number]
-        # Any tensor can tell the device; a rank may hold no piece at all.
-        device = self.masters[0].device if self.masters else torch.device("cpu")
         with self._timer("momentum"):
             homes = {}
             for stack in wave.stacks:
                 rows, cols = self.plan.layout.matrices[stack[0]][1:]
-                storage = torch.empty(len(stack), rows, cols, dtype=self._dtype, device=device)
+                storage = torch.empty(len(stack), rows, cols, dtype=self._dtype, device=self._device)
                 homes.update(zip(stack, storage, strict=True))
-            flight = _WaveInFlight(wave, homes, Shipment(wave.gather, self._collectives, self._dtype, device))
+            flight = _WaveInFlight(wave, homes, self._shipment(wave.gather))
             slots: dict[Any, list[Tensor]] = defaultdict(list)
             for piece, slot in zip(wave.gather.send, flight.gather.outgoing, strict=True):
                 slots[piece].append(slot)
@@ -153,12 +157,14 @@ class ShardedMuon:
                 for options, matrices in self._by_options(stack, groups, active).items():
                     self._orthogonalize_stack(flight.homes, matrices, *options)
         with self._timer("scatter_pack"):
-            device = flight.gather._sent.device
-            flight.scatter = Shipment(flight.wave.scatter, self._collectives, self._dtype, device)
+            flight.scatter = self._shipment(flight.wave.scatter)
             if flight.scatter.outgoing:
                 sources = [matrix_view(flight.homes[p.matrix], p) for p in flight.wave.scatter.send]
                 torch._foreach_copy_(flight.scatter.outgoing, sources)
         flight.scatter.start()
+
+    def _shipment(self, transfer: Transfer) -> Shipment:
+        return Shipment(transfer, self._collectives, self._dtype, self._device)
 
     def _orthogonalize_stack(
         self, homes: dict[int, Tensor], matrices: list[int], table: Any, eps: float, adjust: str
@@ -185,9 +191,7 @@ class ShardedMuon:
             errors = torch.linalg.matrix_norm(gram) / gram.shape[-1] ** 0.5
             self.measured["orthogonality"].update(zip(matrices, errors, strict=True))
 
-    def _finish(
-        self, flight: _WaveInFlight, groups: Sequence[Mapping[str, Any]], active: Sequence[bool]
-    ) -> None:
+    def _finish(self, flight: _WaveInFlight, groups: Sequence[Mapping[str, Any]], active: Sequence[bool]) -> None:
         """Decay and step on the pieces this rank holds."""
         assert flight.scatter is not None
         with self._timer("scatter_wait"):
@@ -222,7 +226,3 @@ class ShardedMuon:
                 table = coefficient_table(group["ns_coefficients"], group["ns_steps"])
                 out[table, group["eps"], group["adjust_lr_fn"]].append(matrix)
         return out
-
-
-def _tensor_of_matrix(plan: Plan) -> list[int]:
-    return [tensor for tensor, spec in enumerate(plan.layout.tensors) for _ in spec.matrices()]

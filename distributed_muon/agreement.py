@@ -1,0 +1,89 @@
+"""One decision on every rank: the same construction, and the same view of each step's gradients."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from itertools import zip_longest
+
+import torch
+from torch import Tensor
+
+from distributed_muon.collectives import Collectives
+
+
+def check_same_everywhere(collectives: Collectives, description: Sequence[str]) -> None:
+    """Raise on every rank, naming the first difference, unless all ranks bring the same lines.
+
+    Args:
+        collectives: of the group that must agree; this is collective over it.
+        description: one line per thing that must be equal, such as a parameter with shape and options.
+
+    Raises:
+        RuntimeError: the first line that differs from rank 0's, and the rank that has it.
+    """
+    digest = hashlib.sha256("\n".join(description).encode()).hexdigest()
+    if len(set(collectives.gather_objects(digest))) == 1:
+        return
+    first, *others = collectives.gather_objects(list(description))
+    for rank, lines in enumerate(others, start=1):
+        for ours, theirs in zip_longest(first, lines, fillvalue="nothing"):
+            if ours != theirs:
+                raise RuntimeError(
+                    f"ranks disagree: rank 0 has {ours}, rank {rank} has {theirs}; build the model and the "
+                    "parameter groups in the same order and with the same options on every rank"
+                )
+
+
+class Agreement:
+    """The same view of this step's gradients on every rank, from one all-reduce.
+
+    Attributes:
+        squares: per tensor, sum of squares of the mean gradient (unscaled once `rescale` was called).
+        present: per tensor, whether any rank has a gradient.
+        flags: per flag, whether any rank raised it.
+    """
+
+    def __init__(self, squares: list[float], present: list[bool], flags: list[bool]) -> None:
+        self.squares, self.present, self.flags = squares, present, flags
+
+    @staticmethod
+    def reach(
+        collectives: Collectives,
+        shards: Sequence[tuple[int, Tensor]],
+        has_gradient: Sequence[bool],
+        flags: Sequence[bool],
+        device: torch.device,
+    ) -> Agreement:
+        """Sum every rank's view; collective over the data-parallel group.
+
+        Args:
+            shards: (tensor number, fp32 mean gradient of this rank's part) pairs; padding excluded.
+            has_gradient: per tensor, on this rank. flags: anything that must lead to one decision.
+        """
+        count = len(has_gradient)
+        # fp64 sums where the device has it, so that squares of fp32's largest numbers do not overflow.
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        view = torch.zeros(2 * count + len(flags), dtype=wide, device=device)
+        if shards:
+            norms = torch.stack(torch._foreach_norm([grad for _, grad in shards], 2, dtype=wide))
+            index = torch.tensor([tensor for tensor, _ in shards], device=device)
+            view.index_add_(0, index, norms.to(wide).square())
+        view[count:] = torch.tensor([*has_gradient, *flags], dtype=wide, device=device)
+        total = collectives.all_reduce(view).tolist()
+        present = [value > 0 for value in total[count : 2 * count]]
+        return Agreement(total[:count], present, [value > 0 for value in total[2 * count :]])
+
+    @property
+    def norm(self) -> float:
+        """Global 2-norm of the mean gradient; inf or nan where any element is."""
+        return sum(self.squares) ** 0.5
+
+    @property
+    def nonfinite(self) -> list[int]:
+        """Tensors whose gradient has an inf or nan anywhere."""
+        return [t for t, square in enumerate(self.squares) if not square < float("inf")]
+
+    def rescale(self, factor: float) -> None:
+        """Follow a multiplication of every gradient by `factor`."""
+        self.squares = [square * factor * factor for square in self.squares]

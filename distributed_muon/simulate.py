@@ -1,0 +1,237 @@
+"""What a plan costs at a scale nobody has at hand: shapes and parallel sizes to balance, bytes and seconds.
+
+Assumptions, those of a Megatron-style job:
+
+- Pipeline stages hold contiguous layers, as evenly as they divide; embedding first, head last. Every stage
+  is planned, and the one whose busiest rank does the most Newton-Schulz is reported.
+- Tensor parallelism cuts every parameter along its `tp_dim`; the rank domain of a stage is dp x tp.
+- Routed experts are never cut by tensor parallelism. With ep > 1 or tp > 1 they have a rank domain of their
+  own of dp x tp / ep ranks (expert data parallelism), one per slice of the experts, on the same ranks.
+- Muon and AdamW parameters have buckets of their own, cut over the data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distributed_muon.layout import Bucket, Layout, cut_buckets, make_buckets
+from distributed_muon.matrices import TensorSpec, Whole
+from distributed_muon.model_shapes import ParameterShape
+from distributed_muon.plan import Plan, make_plan
+
+LAYOUTS = ("flat", "bucketed", "aligned")
+# fp32 gradient reduce-scatter (4) and bf16 parameter all-gather (2): ZeRO-1 AdamW's bytes per parameter.
+_ADAMW_WIRE_BYTES = 6
+_MUON_STATE_BYTES = 8  # fp32 master and momentum
+_ADAMW_STATE_BYTES = 12  # fp32 master and two moments
+
+
+@dataclass(frozen=True)
+class Job:
+    """Parallel sizes and optimizer options of a simulated job.
+
+    Args:
+        dp, tp, pp, ep: data, tensor, pipeline and expert parallel sizes; ep divides dp x tp.
+        layout: "flat" (one buffer), "bucketed" (every bucket cut dp ways, whatever straddles) or "aligned"
+            (bucketed, ordered so that few matrices straddle).
+        strategy: as in `make_plan`.
+        bucket_mb: MiB of fp32 gradients per bucket; None is Megatron's default, the larger of 40 million
+            and dp million elements. "flat" has no use for it.
+    """
+
+    dp: int
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+    layout: str = "bucketed"
+    strategy: str = "auto"
+    bucket_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        for option in ("dp", "tp", "pp", "ep"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"{option} {getattr(self, option)} is not a number of ranks: give 1 or more")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
+        if self.bucket_mb is not None and self.bucket_mb <= 0:
+            raise ValueError(f"bucket_mb {self.bucket_mb} is no size: give MiB above 0")
+        if self.bucket_mb is not None and self.layout == "flat":
+            raise ValueError(f"bucket_mb {self.bucket_mb} contradicts layout 'flat': leave it out")
+        if self.dp * self.tp % self.ep:
+            raise ValueError(f"ep {self.ep} does not divide dp x tp = {self.dp * self.tp}")
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The plan of one rank domain, and the bytes that do not depend on it.
+
+    Args:
+        name: "dense", "experts", or "all" where both share the ranks.
+        ranks_per_slice: neighbouring ranks of the stage that play the same part in different copies of
+            this domain (ep for experts).
+        state_bytes: fp32 masters and optimizer state of every rank, bucket padding included.
+        state_bytes_ideal: the same without padding. adamw_bytes: see StageReport.
+    """
+
+    name: str
+    plan: Plan
+    ranks_per_slice: int
+    state_bytes: int
+    state_bytes_ideal: float
+    adamw_bytes: float
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """Costs of one pipeline stage; bytes are per rank and step.
+
+    Args:
+        stage: its number. domains: its rank domains.
+        ns_flops_max: Newton-Schulz FLOPs of the busiest rank. ns_max_over_ideal: that over an equal share.
+        exchange_bytes_max: sent by the busiest rank in the plan's all-to-alls, both ways.
+        adamw_bytes: what ZeRO-1 AdamW sends for the same parameters: 6 bytes x (N - 1) / N each.
+        plan_seconds: to lay out and plan this stage.
+    """
+
+    stage: int
+    domains: tuple[Domain, ...]
+    ns_flops_max: int
+    ns_max_over_ideal: float
+    exchange_bytes_max: int
+    state_bytes_max: int
+    state_bytes_ideal: float
+    adamw_bytes: float
+    plan_seconds: float
+
+    @property
+    def comm_over_adamw(self) -> float | None:
+        """Traffic of Muon over ZeRO-1 AdamW's; None where AdamW has none (dp 1)."""
+        return 1 + self.exchange_bytes_max / self.adamw_bytes if self.adamw_bytes else None
+
+
+def simulate(shapes: Sequence[ParameterShape], job: Job) -> StageReport:
+    """Plan every pipeline stage of a model and return the slowest.
+
+    Args:
+        shapes: the model's parameters; frozen ones are ignored.
+
+    Raises:
+        ValueError: a parallel size does not divide what it cuts.
+    """
+    trained = [shape for shape in shapes if shape.algorithm != "frozen"]
+    if job.ep > 1 and not any(shape.expert for shape in trained):
+        raise ValueError(f"ep {job.ep} wants routed experts, and the model has none")
+    reports: dict[tuple, StageReport] = {}
+    for number, stage in enumerate(_stages(trained, job.pp)):
+        alike = tuple(shape[1:4] + shape[5:] for shape in stage)  # all but name and layer
+        if alike not in reports:
+            reports[alike] = _report(number, stage, job)
+    return max(reports.values(), key=lambda report: report.ns_flops_max)
+
+
+def _report(number: int, stage: Sequence[ParameterShape], job: Job) -> StageReport:
+    started = time.perf_counter()
+    domains = _domains(stage, job)
+    world = job.dp * job.tp
+    flops, sent = [0] * world, [0] * world
+    total = 0.0
+    for domain in domains:
+        total += domain.plan.ns_flops_total * domain.ranks_per_slice
+        work, exchange = domain.plan.ns_flops_by_rank, domain.plan.exchange_bytes_by_rank
+        for rank in range(world):
+            flops[rank] += work[rank // domain.ranks_per_slice]
+            sent[rank] += exchange[rank // domain.ranks_per_slice]
+    return StageReport(
+        stage=number,
+        domains=tuple(domains),
+        ns_flops_max=max(flops),
+        ns_max_over_ideal=max(flops) * world / total if total else 1.0,
+        exchange_bytes_max=max(sent),
+        state_bytes_max=sum(domain.state_bytes for domain in domains),
+        state_bytes_ideal=sum(domain.state_bytes_ideal for domain in domains),
+        adamw_bytes=sum(domain.adamw_bytes for domain in domains),
+        plan_seconds=time.perf_counter() - started,
+    )
+
+
+def _stages(shapes: Sequence[ParameterShape], pp: int) -> list[list[ParameterShape]]:
+    """Parameters of each pipeline stage."""
+    layers = 1 + max(shape.layer for shape in shapes if shape.layer is not None)
+    if pp > layers:
+        raise ValueError(f"pp {pp} is more than the model's {layers} layers")
+    stage_of = [stage for stage in range(pp) for _ in range(layers * stage // pp, layers * (stage + 1) // pp)]
+    stages: list[list[ParameterShape]] = [[] for _ in range(pp)]
+    current = 0
+    for shape in shapes:
+        if shape.layer is not None:
+            current = stage_of[shape.layer]
+        stages[current].append(shape)
+    return stages
+
+
+def _domains(stage: Sequence[ParameterShape], job: Job) -> list[Domain]:
+    experts = [shape for shape in stage if shape.expert]
+    if not experts or job.tp == job.ep == 1:
+        return [_domain("all", stage, job.dp, job)]
+    dense = [shape for shape in stage if not shape.expert]
+    return [
+        _domain("dense", dense, job.dp, job),
+        _domain("experts", _expert_slice(experts, job.ep), job.dp * job.tp // job.ep, job, expert=True),
+    ]
+
+
+def _expert_slice(experts: Sequence[ParameterShape], ep: int) -> list[ParameterShape]:
+    """The experts of the first of `ep` expert-parallel ranks; the others' are of the same shapes."""
+    numbers = [int(shape.name.partition(".experts.")[2].partition(".")[0]) for shape in experts]
+    count = 1 + max(numbers)
+    if count % ep:
+        raise ValueError(f"ep {ep} does not divide the {count} routed experts")
+    return [shape for shape, number in zip(experts, numbers, strict=True) if number < count // ep]
+
+
+def _domain(name: str, shapes: Sequence[ParameterShape], dp: int, job: Job, *, expert: bool = False) -> Domain:
+    """Lay out and plan `shapes` over `dp` data-parallel ranks (x tp unless they are experts)."""
+    tp = 1 if expert else job.tp
+    tensors = [_tensor(shape, tp) for shape in shapes]
+    numels = [tensor.numel for tensor in tensors]
+    muon = [index for index, tensor in enumerate(tensors) if tensor.rule is not None]
+    adamw = [index for index, tensor in enumerate(tensors) if tensor.rule is None]
+    muon_buckets, adamw_buckets = _buckets(muon, numels, dp, job), _buckets(adamw, numels, dp, job)
+    by_dp_rank = cut_buckets(muon_buckets + adamw_buckets, numels, dp)
+    shards = [by_dp_rank[rank // tp] for rank in range(dp * tp)]
+    layout = Layout.build(tensors, shards, [rank % tp for rank in range(dp * tp)])
+    padded = [sum(bucket.numel for bucket in buckets) // dp for buckets in (muon_buckets, adamw_buckets)]
+    exact = [sum(numels[index] for index in chosen) / dp for chosen in (muon, adamw)]
+    return Domain(
+        name=name,
+        plan=make_plan(layout, job.strategy),
+        ranks_per_slice=job.ep if expert else 1,
+        state_bytes=padded[0] * _MUON_STATE_BYTES + padded[1] * _ADAMW_STATE_BYTES,
+        state_bytes_ideal=exact[0] * _MUON_STATE_BYTES + exact[1] * _ADAMW_STATE_BYTES,
+        adamw_bytes=_ADAMW_WIRE_BYTES * sum(numels) * (dp - 1) / dp,
+    )
+
+
+def _buckets(chosen: Sequence[int], numels: Sequence[int], dp: int, job: Job) -> list[Bucket]:
+    size = max(40_000_000, 1_000_000 * dp) if job.bucket_mb is None else max(1, round(job.bucket_mb * 2**18))
+    return make_buckets(
+        numels,
+        dp,
+        bucket_numel=None if job.layout == "flat" else size,
+        aligned=job.layout == "aligned",
+        order=list(reversed(chosen)),  # gradients arrive in backward order
+    )
+
+
+def _tensor(shape: ParameterShape, tp: int) -> TensorSpec:
+    """The rank-local tensor of a parameter cut over `tp` ranks."""
+    local, dim = list(shape.shape), shape.tp_dim
+    if dim is not None:
+        if local[dim] % tp:
+            raise ValueError(f"tp {tp} does not divide dimension {dim} of {shape.name} {shape.shape}")
+        local[dim] //= tp
+    rule = Whole() if shape.algorithm == "muon" else None
+    cut = dim is not None and tp > 1
+    return TensorSpec(shape.name, tuple(local), rule, dim if cut else None, tp if cut else 1)
