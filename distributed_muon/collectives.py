@@ -125,13 +125,14 @@ class Collectives:
         )
         return Pending([work], output, input)
 
-    def all_reduce(self, tensor: Tensor, *, counted: bool = True) -> Tensor:
-        """Sum a small contiguous tensor over the ranks, in place, and wait for it."""
+    def all_reduce(self, tensor: Tensor, *, maximum: bool = False, counted: bool = True) -> Tensor:
+        """Sum (or take the maximum of) a contiguous tensor over the ranks, in place, and wait for it."""
         if self.size > 1:
             if counted:
                 self._count("all_reduce", tensor, self.size)
                 self._count("all_reduce", tensor, self.size)
-            dist.all_reduce(tensor, group=self.group)
+            op = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
+            dist.all_reduce(tensor, op, group=self.group)
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -151,6 +152,12 @@ class Collectives:
                 torch.zeros(self.size, device=device), torch.zeros(self.size, device=device), counts, counts
             ).wait()
             self.sent_bytes.clear()
+
+    def subgroup(self, ranks: Sequence[int]) -> Collectives:
+        """Collectives among some ranks of this group; called by exactly these ranks, in the same order."""
+        group = self.group if self.group is not None else dist.group.WORLD
+        members = [dist.get_global_rank(group, rank) for rank in ranks]
+        return Collectives(dist.new_group(members, use_local_synchronization=True))
 
     def _others(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]

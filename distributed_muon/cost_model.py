@@ -1,8 +1,61 @@
-"""Rates of chips and links that turn the plan's exact FLOPs and bytes into seconds."""
+"""What Newton-Schulz costs in FLOPs and bytes, and the rates that turn these into seconds."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from distributed_muon.matrices import Matrix
+from distributed_muon.newton_schulz import choose_form, ns_flops
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """What the planner must know of the iteration.
+
+    Args:
+        steps: iterations. form: "standard", "gram" or "auto" (by shape).
+        element_bytes: bytes of one element of the iteration and of the wire (2: bf16, 4: fp32).
+    """
+
+    steps: int = 5
+    form: str = "auto"
+    element_bytes: int = 2
+
+    def form_of(self, rows: int, cols: int) -> str:
+        """The form a whole (rows, cols) matrix is orthogonalized in."""
+        return choose_form(rows, cols, self.steps) if self.form == "auto" else self.form
+
+    def flops(self, matrix: Matrix) -> int:
+        """FLOPs (multiply and add counted apart) of one home: of a whole matrix, or of a block in a team.
+
+        A team runs the standard form: of the two products with the long side each rank does its block, of
+        the square product its share of the rows.
+        """
+        if matrix.team == 1:
+            return ns_flops(matrix.rows, matrix.cols, self.steps, self.form_of(matrix.rows, matrix.cols))
+        short = min(matrix.logical_shape)
+        return self.steps * 2 * short * short * (2 * matrix.numel // short + -(-short // matrix.team))
+
+    def team_bytes(self, short: int, team: int) -> int:
+        """Bytes one rank of a team sends per matrix, `short` being the matrix's short side.
+
+        Per iteration an fp32 all-reduce of the Gram matrix and an all-gather of its polynomial's rows;
+        once the absolute maximum and the norm.
+        """
+        gram = 2 * (short * short * 4 * (team - 1) // team)
+        rows = -(-short // team) * team * short * self.element_bytes * (team - 1) // team
+        return self.steps * (gram + rows) + 4 * (4 * (team - 1) // team)
+
+    def team_seconds(self, matrix: Matrix, team: int, hardware: Hardware) -> float:
+        """Estimated seconds of a whole matrix on a team that lies within one node if it can."""
+        short = min(matrix.shape)
+        if team == 1:
+            return self.flops(matrix) / hardware.matmul_flops
+        block = Matrix(matrix.name, short, -(-max(matrix.shape) // team), team, matrix.shape)
+        near = team <= hardware.node_ranks
+        rate = hardware.node_bytes_per_second if near else hardware.link_bytes_per_second
+        latency = (3 * self.steps + 4) * hardware.latency_seconds
+        return self.flops(block) / hardware.matmul_flops + self.team_bytes(short, team) / rate + latency
 
 
 @dataclass(frozen=True)
@@ -11,14 +64,19 @@ class Hardware:
 
     Args:
         name: for tables. matmul_flops: sustained 16-bit matmul, FLOP/s.
-        link_bytes_per_second: what one rank can send between nodes. latency_seconds: of one collective.
+        link_bytes_per_second: what one rank can send between nodes.
+        latency_seconds: of one small collective.
+        node_ranks: consecutive ranks that share a node. node_bytes_per_second: what one rank can send inside it.
     """
 
     name: str
     matmul_flops: float
     link_bytes_per_second: float
     latency_seconds: float
+    node_ranks: int
+    node_bytes_per_second: float
 
 
-# 600 of 989 dense bf16 TFLOP/s; one 400 Gb/s InfiniBand port per GPU; NCCL's small-message latency.
-H100_INFINIBAND = Hardware("H100, 400 Gb/s InfiniBand", 600e12, 50e9, 30e-6)
+# 600 of 989 dense bf16 TFLOP/s; one 400 Gb/s InfiniBand port per GPU; NCCL's small-message latency;
+# NVLink 4's 450 GB/s each way among 8 GPUs, of which NCCL reaches about 80 %.
+H100_INFINIBAND = Hardware("H100, NVLink 4, 400 Gb/s InfiniBand", 600e12, 50e9, 30e-6, 8, 360e9)

@@ -63,20 +63,23 @@ def merge_measured(
     """Bring values measured at the homes to every rank; collective over the plan's domain, not counted.
 
     Args:
-        measured: per quantity, {matrix number: 0-d tensor} of this rank's homes.
+        measured: per quantity, {matrix or block number: 0-d square} of this rank's homes.
 
     Returns:
-        Per quantity, {matrix name: value} for every matrix that was orthogonalized.
+        Per quantity, {matrix name: root of the sum of its squares} for every matrix that was orthogonalized.
     """
     out = {}
-    for name, values in sorted(measured.items()):
-        mine = {matrix: value for matrix, value in values.items() if plan.homes[matrix][0] == collectives.rank}
+    for quantity, squares in sorted(measured.items()):
+        # Where all holders are homes they measured the same: one of them reports.
+        mine = [matrix for matrix in squares if plan.homes[matrix][0] == collectives.rank]
         total = torch.zeros(2, len(plan.homes), device=device)
         if mine:
-            index = torch.tensor(list(mine), device=device)
-            total[0, index] = torch.stack(list(mine.values())).to(total.dtype)
-            total[1, index] = 1
-        found, counts = collectives.all_reduce(total, counted=False).tolist()
-        names = [matrix.name for matrix in plan.layout.matrices]
-        out[name] = {n: value for n, value, count in zip(names, found, counts, strict=True) if count}
+            total[0, mine] = torch.stack([squares[matrix] for matrix in mine]).to(total.dtype)
+            total[1, mine] = 1
+        sums, counts = collectives.all_reduce(total, counted=False).tolist()
+        by_name: dict[str, float] = {}
+        for matrix, value, count in zip(plan.layout.matrices, sums, counts, strict=True):
+            if count:
+                by_name[matrix.name] = by_name.get(matrix.name, 0.0) + value
+        out[quantity] = {name: value**0.5 for name, value in by_name.items()}
     return out

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from distributed_muon.matrices import Block, Matrix, TensorSpec
@@ -120,7 +121,7 @@ class Layout:
                 key = (shard.tensor, tp_ranks[rank] if spec.tp_size > 1 else 0)
                 if key not in blocks:
                     found = spec.blocks(key[1])
-                    blocks[key] = found, [b.local_row for b in found]
+                    blocks[key] = found, list(accumulate((b.local_row + b.rows for b in found), max))
                 replica = tp_ranks[rank] if spec.tp_size == 1 else 0
                 where = (first[shard.tensor], rank, index, replica)
                 pieces += _cut(shard, spec.view[2], *blocks[key], matrices, *where)
@@ -128,6 +129,15 @@ class Layout:
         layout = Layout(tuple(tensors), tuple(map(tuple, shards)), tp_ranks, tuple(matrices), tuple(pieces))
         layout._check_coverage()
         return layout
+
+    def with_teams(self, sizes: Sequence[int]) -> Layout:
+        """The same shards with matrix m of this layout cut into sizes[m] blocks of its long side."""
+        tensors, at = [], 0
+        for spec in self.tensors:
+            count = len(spec.matrices())
+            tensors.append(replace(spec, teams=tuple(sizes[at : at + count])))
+            at += count
+        return Layout.build(tensors, self.shards, self.tp_ranks)
 
     def _check_coverage(self) -> None:
         covered = [0] * len(self.matrices)
@@ -146,7 +156,7 @@ def _cut(
     shard: Shard,
     width: int,
     blocks: list[Block],
-    block_rows: list[int],
+    last_rows: list[int],
     matrices: Sequence[Matrix],
     first_matrix: int,
     rank: int,
@@ -156,11 +166,8 @@ def _cut(
     """The pieces of `shard` in a tensor whose local 2-D view is `width` wide."""
     if shard.start >= shard.stop:
         return
-    # The last block whose first row is at or before the shard's first row, and its neighbours in that row.
-    begin = max(0, bisect_right(block_rows, shard.start // width) - 1)
-    while begin and block_rows[begin - 1] == block_rows[begin]:
-        begin -= 1
-    for block in blocks[begin:]:
+    # last_rows[i] is where the first i + 1 blocks end: all blocks before this one end above the shard.
+    for block in blocks[bisect_right(last_rows, shard.start // width) :]:
         base = block.local_row * width + block.local_col
         if block.local_row * width >= shard.stop:
             return

@@ -10,21 +10,37 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 Range = tuple[int, int]  # [start, stop)
 
 
 class Matrix(NamedTuple):
-    """One matrix Newton-Schulz is applied to, with its logical (global, unpadded) shape."""
+    """One matrix Newton-Schulz is applied to, or one block of a matrix that a team of ranks shares.
+
+    `rows` and `cols` are logical (global, unpadded). A block is one of `team` consecutive parts of the
+    long side of the matrix of shape `whole`.
+    """
 
     name: str
     rows: int
     cols: int
+    team: int = 1
+    whole: tuple[int, int] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.cols
 
     @property
     def numel(self) -> int:
         return self.rows * self.cols
+
+    @property
+    def logical_shape(self) -> tuple[int, int]:
+        """Shape of the whole matrix, which sets the scale of its update."""
+        return self.whole or self.shape
 
 
 class Region(NamedTuple):
@@ -33,6 +49,19 @@ class Region(NamedTuple):
     suffix: str
     row_ranges: tuple[Range, ...]
     cols: Range
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(stop - start for start, stop in self.row_ranges), self.cols[1] - self.cols[0]
+
+    def split(self, parts: int) -> list[Region]:
+        """`parts` near-equal consecutive parts of the long side, columns where the sides are equal."""
+        rows, cols = self.shape
+        cuts = [i * max(rows, cols) // parts for i in range(parts + 1)]
+        if cols >= rows:
+            left = self.cols[0]
+            return [self._replace(cols=(left + a, left + b)) for a, b in pairwise(cuts)]
+        return [self._replace(row_ranges=_slice(self.row_ranges, a, b)) for a, b in pairwise(cuts)]
 
 
 class Block(NamedTuple):
@@ -164,6 +193,7 @@ class TensorSpec:
         tp_dim: dimension of the 2-D view (within one expert) that tensor parallelism cut; None if replicated.
         tp_size: ranks it was cut over (1: every TP rank holds all of it).
         tp_stride: interleaved parts per rank; 2 where a rank holds [gate_r; up_r] of a fused [gate; up].
+        teams: per matrix of the rule, the ranks that share its Newton-Schulz; empty where all have one home.
     """
 
     name: str
@@ -172,6 +202,7 @@ class TensorSpec:
     tp_dim: int | None = None
     tp_size: int = 1
     tp_stride: int = 1
+    teams: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -197,37 +228,42 @@ class TensorSpec:
 
     def matrices(self) -> list[Matrix]:
         """The parameter's matrices, in the order that `Block.matrix` counts them. Empty for AdamW."""
+        return [matrix for matrix, _, _ in self._parts()]
+
+    def _parts(self) -> list[tuple[Matrix, int, Region]]:
+        """(matrix, stack index, its region within one element of the stack), blocks of teams one by one."""
         if self.rule is None:
             return []
         out = []
-        for index in range(self.view[0]):
-            for region in self._regions():
-                tags = ([str(index)] if self.view[0] > 1 else []) + ([region.suffix] if region.suffix else [])
-                rows = sum(stop - start for start, stop in region.row_ranges)
+        stack, regions = self.view[0], self._regions()
+        for index in range(stack):
+            for number, region in enumerate(regions):
+                tags = ([str(index)] if stack > 1 else []) + ([region.suffix] if region.suffix else [])
                 name = f"{self.name}[{','.join(tags)}]" if tags else self.name
-                out.append(Matrix(name, rows, region.cols[1] - region.cols[0]))
+                shape = region.shape
+                team = self.teams[index * len(regions) + number] if self.teams else 1
+                for part in region.split(team):
+                    whole = shape if team > 1 else None
+                    out.append((Matrix(name, *part.shape, team, whole), index, part))
         return out
 
     def blocks(self, tp_rank: int) -> list[Block]:
         """Where the elements held by `tp_rank` lie in the matrices, in the order of the local rows."""
         if self.rule is None:
             return []
-        stack, rows, cols = self.view
+        _, rows, cols = self.view
         row_map = self._placement(rows, 0, tp_rank)
         col_map = self._placement(cols, 1, tp_rank)
-        regions = self._regions()
         out = []
-        for index in range(stack):
-            for number, region in enumerate(regions):
-                matrix = index * len(regions) + number
-                row = 0
-                for span in region.row_ranges:
-                    for local_row, top, height in _overlaps(row_map, span):
-                        for local_col, left, width in _overlaps(col_map, region.cols):
-                            row_at, col_at = row + top - span[0], left - region.cols[0]
-                            block = (index * rows + local_row, local_col, row_at, col_at, height, width)
-                            out.append(Block(matrix, *block))
-                    row += span[1] - span[0]
+        for matrix, (_, index, region) in enumerate(self._parts()):
+            row = 0
+            for span in region.row_ranges:
+                for local_row, top, height in _overlaps(row_map, span):
+                    for local_col, left, width in _overlaps(col_map, region.cols):
+                        row_at, col_at = row + top - span[0], left - region.cols[0]
+                        block = (index * rows + local_row, local_col, row_at, col_at, height, width)
+                        out.append(Block(matrix, *block))
+                row += span[1] - span[0]
         return sorted(out, key=lambda b: (b.local_row, b.local_col))
 
     def _placement(self, extent: int, dim: int, tp_rank: int) -> list[tuple[int, int, int]]:
@@ -238,6 +274,17 @@ class TensorSpec:
             raise ValueError(f"parameter {self.name!r}: {extent} does not divide into tp_stride {self.tp_stride}")
         part = extent // self.tp_stride
         return [(i * part, (i * self.tp_size + tp_rank) * part, part) for i in range(self.tp_stride)]
+
+
+def _slice(ranges: tuple[Range, ...], low: int, high: int) -> tuple[Range, ...]:
+    """Rows [low, high) of the concatenation of `ranges`, as ranges."""
+    out, at = [], 0
+    for start, stop in ranges:
+        begin, end = max(start, start + low - at), min(stop, start + high - at)
+        if begin < end:
+            out.append((begin, end))
+        at += stop - start
+    return tuple(out)
 
 
 def _overlaps(placement: list[tuple[int, int, int]], span: Range) -> list[tuple[int, int, int]]:

@@ -135,7 +135,8 @@ class DistributedMuon(torch.optim.Optimizer):
         buckets = self._cut(specs, None if layout == "flat" else numel, layout in ("auto", "aligned"))
         shards = cut_buckets(buckets, [spec.numel for spec in specs], dp)
         newton_schulz = NewtonSchulz(ns_steps, ns_form, ns_dtype.itemsize)
-        self.plan: Plan = make_plan(Layout.build(specs, shards), strategy, newton_schulz)
+        # Sharing a matrix changes the order of sums, which "standard" promises not to.
+        self.plan: Plan = make_plan(Layout.build(specs, shards), strategy, newton_schulz, teams=ns_form == "auto")
 
         reduces = gradient_reduction == "reduce_scatter"
         with torch.no_grad():

@@ -15,32 +15,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from distributed_muon.cost_model import H100_INFINIBAND, Hardware
+from distributed_muon.cost_model import H100_INFINIBAND, Hardware, NewtonSchulz
+from distributed_muon.homes import all_holders, one_home, team_sizes
 from distributed_muon.layout import Layout, Piece
-from distributed_muon.newton_schulz import choose_form, ns_flops
 
 STRATEGIES = ("home", "gather", "auto")
 # A home keeps one wave's matrices, their workspaces and two waves of wire buffers alive, about five times this.
 WAVE_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class NewtonSchulz:
-    """What the planner must know of the iteration.
-
-    Args:
-        steps: iterations. form: "standard", "gram" or "auto" (by shape).
-        element_bytes: bytes of one element of the iteration and of the wire (2: bf16, 4: fp32).
-    """
-
-    steps: int = 5
-    form: str = "auto"
-    element_bytes: int = 2
-
-    def flops(self, rows: int, cols: int) -> int:
-        """FLOPs (multiply and add counted apart) to orthogonalize one (rows, cols) matrix."""
-        form = choose_form(rows, cols, self.steps) if self.form == "auto" else self.form
-        return ns_flops(rows, cols, self.steps, form)
 
 
 @dataclass(frozen=True)
@@ -65,12 +46,14 @@ class Wave:
 
     Args:
         held: the pieces this rank holds (momentum and update happen here).
-        stacks: matrices this rank is home of, grouped by equal (rows, cols).
+        stacks: matrices this rank is the home of, grouped by equal (rows, cols).
+        blocks: blocks this rank is the home of, whose matrix it orthogonalizes with a team.
         gather, scatter: the way to the homes and the way back.
     """
 
     held: tuple[Piece, ...]
     stacks: tuple[tuple[int, ...], ...]
+    blocks: tuple[int, ...]
     gather: Transfer
     scatter: Transfer
 
@@ -97,13 +80,13 @@ class Plan:
         work = [0] * self.layout.world
         for matrix, homes in zip(self.layout.matrices, self.homes, strict=True):
             for home in homes:
-                work[home] += self.newton_schulz.flops(matrix.rows, matrix.cols)
+                work[home] += self.newton_schulz.flops(matrix)
         return work
 
     @cached_property
     def ns_flops_total(self) -> int:
         """Newton-Schulz FLOPs per step if every matrix is orthogonalized once."""
-        return sum(self.newton_schulz.flops(m.rows, m.cols) for m in self.layout.matrices)
+        return sum(self.newton_schulz.flops(matrix) for matrix in self.layout.matrices)
 
     @property
     def ns_max_over_ideal(self) -> float:
@@ -123,6 +106,27 @@ class Plan:
             if away:
                 sent[homes[0]] += piece.numel
         return [count * self.newton_schulz.element_bytes for count in sent]
+
+    @cached_property
+    def teams(self) -> dict[int, tuple[int, ...]]:
+        """For every block, the ranks of its team in the order of their blocks; nothing for whole matrices."""
+        teams, block = {}, 0
+        while block < len(self.homes):
+            size = self.layout.matrices[block].team
+            if size > 1:
+                members = tuple(home for homes in self.homes[block : block + size] for home in homes)
+                teams.update(dict.fromkeys(range(block, block + size), members))
+            block += size
+        return teams
+
+    @cached_property
+    def team_bytes_by_rank(self) -> list[int]:
+        """Bytes each rank sends inside its teams per step."""
+        sent = [0] * self.layout.world
+        for block, team in self.teams.items():
+            matrix = self.layout.matrices[block]
+            sent[self.homes[block][0]] += self.newton_schulz.team_bytes(min(matrix.logical_shape), len(team))
+        return sent
 
     @cached_property
     def _pieces_by_matrix(self) -> dict[int, list[Piece]]:
@@ -147,9 +151,11 @@ class Plan:
         pieces = [piece for matrix in matrices for piece in self._pieces_by_matrix[matrix]]
         held = tuple(piece for piece in pieces if piece.rank == rank)
         mine = [matrix for matrix in matrices if rank in self.homes[matrix]]
+        blocks = tuple(matrix for matrix in mine if self.layout.matrices[matrix].team > 1)
         by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
         for matrix in mine:
-            by_shape[self.layout.matrices[matrix][1:]].append(matrix)
+            if self.layout.matrices[matrix].team == 1:
+                by_shape[self.layout.matrices[matrix].shape].append(matrix)
         sources = [p for p in pieces if p.replica == 0]
         gather = self._transfer(
             idle=all(self.homes[p.matrix] == (p.rank,) for p in sources),
@@ -162,7 +168,7 @@ class Plan:
             send=[(p.rank, p) for p in away if self.homes[p.matrix][0] == rank],
             recv=[(self.homes[p.matrix][0], p) for p in away if p.rank == rank],
         )
-        return Wave(held, tuple(map(tuple, by_shape.values())), gather, scatter)
+        return Wave(held, tuple(map(tuple, by_shape.values())), blocks, gather, scatter)
 
     def _transfer(self, idle: bool, send: Iterable[tuple[int, Piece]], recv: Iterable[tuple[int, Piece]]) -> Transfer:
         sides = []
@@ -176,6 +182,13 @@ class Plan:
         (sent, send_counts), (received, recv_counts) = sides
         return Transfer(sent, received, send_counts, recv_counts, idle)
 
+    def seconds(self, hardware: Hardware) -> float:
+        """Estimate of one step's Newton-Schulz and exchange on the busiest rank, without overlap."""
+        compute = max(self.ns_flops_by_rank, default=0) / hardware.matmul_flops
+        exchange = max(self.exchange_bytes_by_rank, default=0) / hardware.link_bytes_per_second
+        team = max(self.team_bytes_by_rank, default=0) / hardware.node_bytes_per_second
+        return compute + exchange + team
+
     def explain(self) -> str:
         """A page for people: what is orthogonalized where, how balanced, and what travels."""
         layout, sent = self.layout, self.exchange_bytes_by_rank
@@ -186,7 +199,7 @@ class Plan:
         copies = sum(map(len, self.homes))
         shapes: dict[tuple[int, int], int] = defaultdict(int)
         for matrix in layout.matrices:
-            shapes[matrix[1:]] += 1
+            shapes[matrix.logical_shape] += 1
         lines = [
             f"plan: {len(layout.matrices)} matrices over {layout.world} ranks, strategy {self.strategy}, "
             f"{len(self.waves)} waves",
@@ -197,9 +210,7 @@ class Plan:
             "  shapes:",
         ]
         for (rows, cols), count in sorted(shapes.items(), key=lambda item: -item[1] * item[0][0] * item[0][1]):
-            form = self.newton_schulz.form
-            form = choose_form(rows, cols, self.newton_schulz.steps) if form == "auto" else form
-            lines.append(f"    {count:6d} x {rows} x {cols}  {form}")
+            lines.append(f"    {count:6d} x {rows} x {cols}  {self.newton_schulz.form_of(rows, cols)}")
         return "\n".join(lines)
 
 
@@ -210,6 +221,7 @@ def make_plan(
     *,
     wave_bytes: int = WAVE_BYTES,
     hardware: Hardware = H100_INFINIBAND,
+    teams: bool = True,
 ) -> Plan:
     """Choose homes and waves for a layout; deterministic, so every rank computes the same plan.
 
@@ -220,7 +232,9 @@ def make_plan(
             "auto" (the one the cost model finds faster).
         newton_schulz: iteration options; the defaults of NewtonSchulz if None.
         wave_bytes: bytes of matrices a home takes into one wave (at least one matrix).
-        hardware: rates that "auto" compares with.
+        hardware: rates that "auto" and the team sizes are decided with.
+        teams: whether "home" may split a matrix over several ranks where the cost model finds that
+            faster: ranks outnumber matrices, or one matrix dominates. The plan's layout then holds blocks.
 
     Raises:
         ValueError: unknown strategy.
@@ -230,80 +244,32 @@ def make_plan(
         raise ValueError(f"strategy {strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}")
     if strategy == "auto":
         # "home" first: it wins ties.
-        plans = [make_plan(layout, s, newton_schulz, wave_bytes=wave_bytes) for s in ("home", "gather")]
-        return min(plans, key=lambda plan: _seconds(plan, hardware))
-    homes = _all_holders(layout) if strategy == "gather" else _one_home(layout, newton_schulz)
+        options = {"wave_bytes": wave_bytes, "hardware": hardware, "teams": teams}
+        plans = [make_plan(layout, choice, newton_schulz, **options) for choice in ("home", "gather")]
+        return min(plans, key=lambda plan: plan.seconds(hardware))
+    if strategy == "gather":
+        homes = all_holders(layout)
+    else:
+        sizes = team_sizes(layout, newton_schulz, hardware) if teams else [1] * len(layout.matrices)
+        if max(sizes, default=1) > 1:
+            layout = layout.with_teams(sizes)
+        homes = one_home(layout, newton_schulz)
     waves = _waves(layout, homes, max(1, wave_bytes // newton_schulz.element_bytes))
     return Plan(layout, strategy, newton_schulz, homes, waves)
-
-
-def _seconds(plan: Plan, hardware: Hardware) -> float:
-    flops, sent = max(plan.ns_flops_by_rank, default=0), max(plan.exchange_bytes_by_rank, default=0)
-    return flops / hardware.matmul_flops + sent / hardware.link_bytes_per_second
-
-
-def _holders(layout: Layout) -> list[dict[int, int]]:
-    """For each matrix, the elements that each rank would have to send were it not the home."""
-    holders: list[dict[int, int]] = [defaultdict(int) for _ in layout.matrices]
-    for piece in layout.pieces:
-        holders[piece.matrix][piece.rank] += piece.numel
-    return holders
-
-
-def _all_holders(layout: Layout) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(sorted(held)) for held in _holders(layout))
-
-
-def _one_home(layout: Layout, newton_schulz: NewtonSchulz) -> tuple[tuple[int, ...], ...]:
-    """Longest-processing-time assignment; a second pass moves homes to holders within the same makespan."""
-    costs = [newton_schulz.flops(m.rows, m.cols) for m in layout.matrices]
-    order = sorted(range(len(costs)), key=lambda m: (-costs[m], m))
-    holders = _holders(layout)
-    free = _longest_first(order, costs, holders, layout.world, makespan=0)
-    makespan = max(_loads(free, costs, layout.world), default=0)
-    near = _longest_first(order, costs, holders, layout.world, makespan)
-    if max(_loads(near, costs, layout.world), default=0) > makespan:
-        near = free
-    return tuple((home,) for home in near)
-
-
-def _loads(homes: Sequence[int], costs: Sequence[int], world: int) -> list[int]:
-    loads = [0] * world
-    for home, cost in zip(homes, costs, strict=True):
-        loads[home] += cost
-    return loads
-
-
-def _longest_first(
-    order: Sequence[int], costs: Sequence[int], holders: Sequence[dict[int, int]], world: int, makespan: int
-) -> list[int]:
-    """Most expensive matrix first, each to its largest holder that stays within `makespan`, else the least loaded."""
-    import heapq
-
-    loads = [0] * world
-    heap = [(0, rank) for rank in range(world)]
-    homes = [0] * len(costs)
-    for matrix in order:
-        fitting = [(held, -loads[r], -r) for r, held in holders[matrix].items() if loads[r] + costs[matrix] <= makespan]
-        if fitting:
-            home = -max(fitting)[2]
-        else:
-            while heap[0][0] != loads[heap[0][1]]:  # stale: the rank took a matrix as a holder since
-                rank = heapq.heappop(heap)[1]
-                heapq.heappush(heap, (loads[rank], rank))
-            home = heap[0][1]
-        loads[home] += costs[matrix]
-        homes[matrix] = home
-    return homes
 
 
 def _waves(layout: Layout, homes: Sequence[tuple[int, ...]], wave_numel: int) -> tuple[tuple[int, ...], ...]:
     """Give every home about `wave_numel` elements per wave, in forward order, so that homes finish together."""
     taken = [0] * layout.world
     waves: dict[int, list[int]] = defaultdict(list)
-    for index, matrix in enumerate(layout.matrices):
-        wave = max(taken[home] // wave_numel for home in homes[index])
-        for home in homes[index]:
-            taken[home] = max(taken[home], wave * wave_numel) + matrix.numel
-        waves[wave].append(index)
+    index = 0
+    while index < len(homes):
+        # The blocks of a team belong into one wave: their ranks meet in its collectives.
+        together = range(index, index + layout.matrices[index].team)
+        wave = max(taken[home] // wave_numel for block in together for home in homes[block])
+        for block in together:
+            for home in homes[block]:
+                taken[home] = max(taken[home], wave * wave_numel) + layout.matrices[block].numel
+            waves[wave].append(block)
+        index = together.stop
     return tuple(tuple(waves[wave]) for wave in sorted(waves))

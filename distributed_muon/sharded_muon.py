@@ -24,6 +24,7 @@ from distributed_muon.diagnostics import PhaseTimer
 from distributed_muon.exchange import Shipment, held_view, matrix_view
 from distributed_muon.newton_schulz import coefficient_table, orthogonalize
 from distributed_muon.plan import Plan, Transfer, Wave
+from distributed_muon.team_newton_schulz import orthogonalize_block
 from distributed_muon.update import apply_update, lr_ratio, momentum_update
 
 
@@ -51,7 +52,8 @@ class ShardedMuon:
     Attributes:
         ns_calls: matrices this rank orthogonalized since construction.
         track: which of {"update_rms", "orthogonality"} to measure at the homes in each step.
-        measured: per tracked name, {matrix: 0-d fp32 tensor} of the last step, for this rank's homes.
+        measured: per tracked name, {matrix: 0-d fp32 square} of the last step, for this rank's homes; the
+            squares of a team's blocks add up.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class ShardedMuon:
         self._collectives, self._dtype, self._form, self._timer = collectives, ns_dtype, ns_form, timer
         self._schedule = plan.schedule(collectives.rank)
         self._tensor_of = plan.layout.tensor_of_matrix
+        self.teams = {ranks: collectives.subgroup(ranks) for ranks in self._own_teams()}
         self.ns_calls = 0
         self.track = {"update_rms"}
         self.measured: dict[str, dict[int, Tensor]] = {}
@@ -118,9 +121,12 @@ class ShardedMuon:
         with self._timer("momentum"):
             homes = {}
             for stack in wave.stacks:
-                rows, cols = self.plan.layout.matrices[stack[0]][1:]
+                rows, cols = self.plan.layout.matrices[stack[0]].shape
                 storage = torch.empty(len(stack), rows, cols, dtype=self._dtype, device=self._device)
                 homes.update(zip(stack, storage, strict=True))
+            for block in wave.blocks:
+                shape = self.plan.layout.matrices[block].shape
+                homes[block] = torch.empty(shape, dtype=self._dtype, device=self._device)
             flight = _WaveInFlight(wave, homes, self._shipment(wave.gather))
             slots: dict[Any, list[Tensor]] = defaultdict(list)
             for piece, slot in zip(wave.gather.send, flight.gather.outgoing, strict=True):
@@ -156,6 +162,9 @@ class ShardedMuon:
             for stack in flight.wave.stacks:
                 for options, matrices in self._by_options(stack, groups, active).items():
                     self._orthogonalize_stack(flight.homes, matrices, *options)
+            for block in flight.wave.blocks:
+                for options in self._by_options([block], groups, active):
+                    self._orthogonalize_block(flight.homes, block, *options)
         with self._timer("scatter_pack"):
             flight.scatter = self._shipment(flight.wave.scatter)
             if flight.scatter.outgoing:
@@ -177,19 +186,34 @@ class ShardedMuon:
         output = output.contiguous().view(len(matrices), *whole[0].shape)
         homes.update(zip(matrices, output, strict=True))
         self.ns_calls += len(matrices)
-        if self.track:
-            self._measure(matrices, output, lr_ratio(*whole[0].shape, adjust))
+        self._measure(matrices, output, adjust)
 
-    def _measure(self, matrices: list[int], output: Tensor, ratio: float) -> None:
+    def _orthogonalize_block(self, homes: dict[int, Tensor], block: int, table: Any, eps: float, adjust: str) -> None:
+        rows, cols = self.plan.layout.matrices[block].logical_shape
+        team = self.teams[self.plan.teams[block]]
+        options = {"coefficients": table, "dtype": self._dtype, "eps": eps}
+        homes[block] = orthogonalize_block(homes[block], rows > cols, team, **options)
+        self.ns_calls += team.rank == 0
+        self._measure([block], homes[block].unsqueeze(0), adjust)
+
+    def _own_teams(self) -> list[tuple[int, ...]]:
+        """The distinct teams this rank is in, in the order of their first matrix, which all members share."""
+        teams = self.plan.teams
+        return list(dict.fromkeys(teams[block] for wave in self._schedule for block in wave.blocks))
+
+    def _measure(self, matrices: list[int], output: Tensor, adjust: str) -> None:
+        """Note what `track` asks for of (matrices, rows, cols) outputs of one shape."""
+        shape = self.plan.layout.matrices[matrices[0]].logical_shape
         if "update_rms" in self.track:
-            norms = torch.linalg.vector_norm(output, dim=(1, 2), dtype=torch.float32)
-            self.measured["update_rms"].update(zip(matrices, norms * ratio / output[0].numel() ** 0.5, strict=True))
-        if "orthogonality" in self.track:
-            wide = output.float() if output.shape[1] <= output.shape[2] else output.float().mT
+            scale = lr_ratio(*shape, adjust) ** 2 / (shape[0] * shape[1])
+            squares = torch.linalg.vector_norm(output, dim=(1, 2), dtype=torch.float32).square() * scale
+            self.measured["update_rms"].update(zip(matrices, squares, strict=True))
+        if "orthogonality" in self.track and shape == output.shape[1:]:
+            wide = output.float() if shape[0] <= shape[1] else output.float().mT
             gram = wide @ wide.mT
             gram.diagonal(dim1=1, dim2=2).sub_(1)
-            errors = torch.linalg.matrix_norm(gram) / gram.shape[-1] ** 0.5
-            self.measured["orthogonality"].update(zip(matrices, errors, strict=True))
+            squares = torch.linalg.matrix_norm(gram).square() / gram.shape[-1]
+            self.measured["orthogonality"].update(zip(matrices, squares, strict=True))
 
     def _finish(self, flight: _WaveInFlight, groups: Sequence[Mapping[str, Any]], active: Sequence[bool]) -> None:
         """Decay and step on the pieces this rank holds."""
@@ -206,7 +230,7 @@ class ShardedMuon:
                 group = groups[tensor]
                 lr = float(group["lr"])
                 matrix = self.plan.layout.matrices[piece.matrix]
-                step = lr * lr_ratio(matrix.rows, matrix.cols, group["adjust_lr_fn"])
+                step = lr * lr_ratio(*matrix.logical_shape, group["adjust_lr_fn"])
                 masters, updates = by_rule[1 - lr * group["weight_decay"], step]
                 masters.append(held_view(self.masters[piece.shard], piece))
                 at_home = piece.matrix in flight.homes
