@@ -104,7 +104,8 @@ def _shape_row(shape: ParameterShape, adjust_lr_fn: str) -> AuditRow:
 
 
 def _row_json(row: AuditRow) -> dict:
-    return {**dataclasses.asdict(row), "matrices": [matrix._asdict() for matrix in row.matrices]}
+    matrices = [{"name": matrix.name, "rows": matrix.rows, "cols": matrix.cols} for matrix in row.matrices]
+    return {**dataclasses.asdict(row), "matrices": matrices}
 
 
 def _build_model(target: str) -> nn.Module:

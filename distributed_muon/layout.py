@@ -202,6 +202,15 @@ def _cut(
             row += whole
 
 
+def bucket_elements(bucket_mb: float | None, dp: int) -> int:
+    """Elements of a bucket of `bucket_mb` MiB of fp32 gradient.
+
+    None is Megatron's rule, 40 M elements and at least 1 M per rank, which keeps messages above the size
+    where latency rules.
+    """
+    return max(40_000_000, 1_000_000 * dp) if bucket_mb is None else max(1, round(bucket_mb * 2**18))
+
+
 def make_buckets(
     numels: Sequence[int],
     dp: int,

@@ -14,16 +14,13 @@ from distributed_muon.agreement import Agreement, check_same_everywhere
 from distributed_muon.buckets import FlatBucket, GradientReducer, ParameterGatherer
 from distributed_muon.collectives import Collectives
 from distributed_muon.diagnostics import PhaseTimer, merge_measured
-from distributed_muon.layout import Bucket, Layout, cut_buckets, make_buckets
+from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets, make_buckets
 from distributed_muon.matrices import TensorSpec
 from distributed_muon.plan import STRATEGIES, NewtonSchulz, Plan, make_plan
 from distributed_muon.sharded_muon import ShardedMuon
 from distributed_muon.sharded_state import allocate_state, export_state, import_state
 from distributed_muon.update import adamw_update
 from distributed_muon.validation import check_choice, check_group, describe, tensor_specs
-
-# Megatron's rule: 40 M elements, and at least 1 M per rank, keeps messages above the latency-bound size.
-_BUCKET_NUMEL, _BUCKET_NUMEL_PER_RANK = 40_000_000, 1_000_000
 
 
 class DistributedMuon(torch.optim.Optimizer):
@@ -92,6 +89,8 @@ class DistributedMuon(torch.optim.Optimizer):
         check_choice("layout", layout, ("auto", "aligned", "bucketed", "flat"))
         check_choice("gradient_reduction", gradient_reduction, ("reduce_scatter", "none"))
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
+        if bucket_mb is not None and (layout == "flat" or bucket_mb <= 0):
+            raise ValueError(f"bucket_mb={bucket_mb} with layout={layout!r}: give MiB above 0, and none for 'flat'")
         defaults = {
             "algorithm": "muon",
             "matrices": None,
@@ -110,15 +109,7 @@ class DistributedMuon(torch.optim.Optimizer):
         super().__init__(params, defaults)
         for index, group in enumerate(self.param_groups):
             check_group(index, group)
-        members = [
-            (name, param, index)
-            for index, group in enumerate(self.param_groups)
-            for name, param in zip(
-                group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))],
-                group["params"],
-                strict=True,
-            )
-        ]
+        members = _members(self.param_groups)
         specs = tensor_specs(members, self.param_groups)
         self.collectives = Collectives(process_group)
         options = (ns_form, ns_dtype, strategy, layout, bucket_mb, gradient_reduction, reduce_dtype, nonfinite)
@@ -131,8 +122,8 @@ class DistributedMuon(torch.optim.Optimizer):
         self.collectives.warm_up(self._device)
 
         dp, rank = self.collectives.size, self.collectives.rank
-        numel = round(bucket_mb * 2**18) if bucket_mb else max(_BUCKET_NUMEL, _BUCKET_NUMEL_PER_RANK * dp)
-        buckets = self._cut(specs, None if layout == "flat" else numel, layout in ("auto", "aligned"))
+        numel = None if layout == "flat" else bucket_elements(bucket_mb, dp)
+        buckets = self._cut(specs, numel, layout in ("auto", "aligned"))
         shards = cut_buckets(buckets, [spec.numel for spec in specs], dp)
         newton_schulz = NewtonSchulz(ns_steps, ns_form, ns_dtype.itemsize)
         # Sharing a matrix changes the order of sums, which "standard" promises not to.
@@ -173,7 +164,8 @@ class DistributedMuon(torch.optim.Optimizer):
             numels = [specs[tensor].numel for tensor in tensors]
             for bucket in make_buckets(numels, dp, bucket_numel=bucket_numel, aligned=aligned):
                 buckets.append(bucket._replace(tensors=tuple(tensors[i] for i in bucket.tensors)))
-        return buckets
+        # A bucket is complete when the gradient of its first layer arrives: reduce the last layers' first.
+        return sorted(buckets, key=lambda bucket: -min(bucket.tensors))
 
     # ---- one step ----------------------------------------------------------------------------------
 
@@ -450,3 +442,14 @@ class DistributedMuon(torch.optim.Optimizer):
                 "add_param_group() after construction: the shards are fixed; build a new DistributedMuon"
             )
         super().add_param_group(param_group)
+
+
+def _members(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Parameter, int]]:
+    """(name, parameter, group index) of every parameter, in the model's order where the groups tell it."""
+    members = []
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+        positions = group.get("positions") or range(len(members), len(members) + len(names))
+        members += zip(positions, names, group["params"], [index] * len(names), strict=True)
+    members.sort(key=lambda member: member[0])
+    return [member[1:] for member in members]

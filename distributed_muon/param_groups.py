@@ -91,7 +91,8 @@ def muon_param_groups(
 
     Returns:
         Groups with "params" as (name, parameter) pairs, "algorithm", and for Muon groups whose parameters
-        are not one plain matrix each, the rule under "matrices" (one group per distinct rule).
+        are not one plain matrix each, the rule under "matrices" (one group per distinct rule). "positions"
+        says where in the model each parameter stands, so that buckets follow the backward pass.
 
     Raises:
         ValueError: no parameter goes to Muon; a parameter is sharded or flattened; an override matches
@@ -99,7 +100,7 @@ def muon_param_groups(
     """
     muon_groups: dict[Whole, dict[str, Any]] = {}
     adamw_groups: dict[bool, dict[str, Any]] = {}
-    for name, param, decision in _decide(model, overrides or {}):
+    for position, (name, param, decision) in enumerate(_decide(model, overrides or {})):
         if decision.algorithm == "undecided":
             raise ValueError(f"parameter {name!r}: {decision.reason}")
         if decision.algorithm == "frozen":
@@ -114,6 +115,7 @@ def muon_param_groups(
             decay = {"weight_decay": vector_weight_decay} if apart else {}
             group = adamw_groups.setdefault(apart, {"params": [], "algorithm": "adamw", **(adamw or {}), **decay})
         group["params"].append((name, param))
+        group.setdefault("positions", []).append(position)
     if not muon_groups:
         raise ValueError(
             "model has no parameter for Muon: every one is a vector, an embedding, a head or frozen; "
@@ -364,13 +366,13 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 
 def _refuse_sharded(name: str, param: Tensor) -> None:
-    classes = {cls.__name__ for cls in type(param).__mro__}
-    if "DTensor" in classes:
+    if any(cls.__name__ == "DTensor" for cls in type(param).__mro__):
         raise ValueError(
             f"parameter {name!r} is a DTensor: pass the model before fully_shard or parallelize_module; "
             "DistributedMuon wants whole tensors on every rank"
         )
-    if "FlatParameter" in classes or hasattr(param, "ds_id") or param.numel() == 0:
+    # torch marks FSDP1's flat parameters, DeepSpeed the parameters that ZeRO-3 partitions.
+    if hasattr(param, "_is_flat_param") or hasattr(param, "ds_id") or param.numel() == 0:
         raise ValueError(
             f"parameter {name!r} is a flattened or empty placeholder of FSDP1 or ZeRO-3: pass the unwrapped "
             "model (ZeRO-1 or DDP); DistributedMuon wants whole tensors on every rank"

@@ -142,7 +142,10 @@ def export_groups(
 ) -> list[dict[str, Any]]:
     """The options of every group, with parameter names in place of tensors."""
     return [
-        {**{k: v for k, v in group.items() if k != "param_names"}, "params": _names(parameters, index)}
+        {
+            **{k: v for k, v in group.items() if k not in ("param_names", "positions")},
+            "params": _names(parameters, index),
+        }
         for index, group in enumerate(param_groups)
     ]
 

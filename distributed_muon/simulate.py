@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distributed_muon.layout import Bucket, Layout, cut_buckets, make_buckets
+from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets, make_buckets
 from distributed_muon.matrices import TensorSpec, Whole
 from distributed_muon.model_shapes import ParameterShape
 from distributed_muon.plan import Plan, make_plan
@@ -215,7 +215,7 @@ def _domain(name: str, shapes: Sequence[ParameterShape], dp: int, job: Job, *, e
 
 
 def _buckets(chosen: Sequence[int], numels: Sequence[int], dp: int, job: Job) -> list[Bucket]:
-    size = max(40_000_000, 1_000_000 * dp) if job.bucket_mb is None else max(1, round(job.bucket_mb * 2**18))
+    size = bucket_elements(job.bucket_mb, dp)
     return make_buckets(
         numels,
         dp,

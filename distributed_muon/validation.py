@@ -54,7 +54,7 @@ def describe(
     """One line for the options and one per parameter, equal on ranks that will take the same decisions."""
     lines = [f"options {tuple(options)}"]
     for name, param, number in members:
-        group = {k: v for k, v in groups[number].items() if k not in ("params", "param_names")}
+        group = {k: v for k, v in groups[number].items() if k not in ("params", "param_names", "positions")}
         lines.append(f"parameter {name!r} of shape {tuple(param.shape)}, {param.dtype}, group {number} {group}")
     return lines
 

@@ -21,7 +21,9 @@ def build(layout: str, strategy: str, bucket_mb: float | None = 0.004, **options
         {"params": muon, "algorithm": "muon"},
         {"params": adamw, "algorithm": "adamw", "weight_decay": 0.01},
     ]
-    defaults = dict(lr=0.02, weight_decay=0.1, ns_form="standard", layout=layout, strategy=strategy, bucket_mb=bucket_mb)
+    defaults = dict(
+        lr=0.02, weight_decay=0.1, ns_form="standard", layout=layout, strategy=strategy, bucket_mb=bucket_mb
+    )
     return DistributedMuon(groups, **{**defaults, **options}), [*muon, *adamw]
 
 
@@ -35,9 +37,11 @@ def ranks_equal_reference(rank: int, world: int) -> list[list[bytes]]:
     out = []
     for layout in LAYOUTS:
         for strategy in STRATEGIES:
-            optimizer, params = build(layout, strategy)
+            optimizer, params = build(layout, strategy, None if layout == "flat" else 0.004)
             if layout == "bucketed" and world > 1:
-                holders = [{p.rank for p in optimizer.plan.layout.pieces if p.matrix == m} for m in range(len(MUON_SHAPES))]
+                holders = [
+                    {p.rank for p in optimizer.plan.layout.pieces if p.matrix == m} for m in range(len(MUON_SHAPES))
+                ]
                 assert sum(len(ranks) > 1 for ranks in holders) >= 2, "the shapes must straddle"
             reference = make_reference(params)
             for step in range(STEPS):
