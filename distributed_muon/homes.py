@@ -20,15 +20,18 @@ def all_holders(layout: Layout) -> Homes:
     return tuple(tuple(sorted(held)) for held in _holders(layout))
 
 
-def one_home(layout: Layout, newton_schulz: NewtonSchulz) -> Homes:
+def one_home(layout: Layout, newton_schulz: NewtonSchulz, busy: Sequence[int] = ()) -> Homes:
     """Longest-processing-time assignment by FLOPs; then homes move to holders within nearly the same makespan.
 
     The blocks of a team go to consecutive ranks that start at a multiple of its size, so that a team of up
     to a node's ranks stays in the node.
+
+    Args:
+        busy: FLOPs that other plans already gave to each rank of this domain; none if empty.
     """
     costs = [newton_schulz.flops(matrix) for matrix in layout.matrices]
     holders = _holders(layout)
-    base = [0] * layout.world
+    base = list(busy) or [0] * layout.world
     teams = _team_firsts(layout)
     seats = _seat(teams, costs, base)
     homes = {first + i: seats[first] + i for first, size in teams.items() for i in range(size)}

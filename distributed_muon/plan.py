@@ -222,6 +222,7 @@ def make_plan(
     wave_bytes: int = WAVE_BYTES,
     hardware: Hardware = H100_INFINIBAND,
     teams: bool = True,
+    busy: Sequence[int] = (),
 ) -> Plan:
     """Choose homes and waves for a layout; deterministic, so every rank computes the same plan.
 
@@ -235,6 +236,7 @@ def make_plan(
         hardware: rates that "auto" and the team sizes are decided with.
         teams: whether "home" may split a matrix over several ranks where the cost model finds that
             faster: ranks outnumber matrices, or one matrix dominates. The plan's layout then holds blocks.
+        busy: FLOPs that the plans of other domains already gave to each rank, to be balanced against.
 
     Raises:
         ValueError: unknown strategy.
@@ -244,7 +246,7 @@ def make_plan(
         raise ValueError(f"strategy {strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}")
     if strategy == "auto":
         # "home" first: it wins ties.
-        options = {"wave_bytes": wave_bytes, "hardware": hardware, "teams": teams}
+        options = {"wave_bytes": wave_bytes, "hardware": hardware, "teams": teams, "busy": busy}
         plans = [make_plan(layout, choice, newton_schulz, **options) for choice in ("home", "gather")]
         return min(plans, key=lambda plan: plan.seconds(hardware))
     if strategy == "gather":
@@ -253,7 +255,7 @@ def make_plan(
         sizes = team_sizes(layout, newton_schulz, hardware) if teams else [1] * len(layout.matrices)
         if max(sizes, default=1) > 1:
             layout = layout.with_teams(sizes)
-        homes = one_home(layout, newton_schulz)
+        homes = one_home(layout, newton_schulz, busy)
     waves = _waves(layout, homes, max(1, wave_bytes // newton_schulz.element_bytes))
     return Plan(layout, strategy, newton_schulz, homes, waves)
 

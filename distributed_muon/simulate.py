@@ -176,10 +176,9 @@ def _domains(stage: Sequence[ParameterShape], job: Job) -> list[Domain]:
     if not experts or job.tp == job.ep == 1:
         return [_domain("all", stage, job.dp, job)]
     dense = [shape for shape in stage if not shape.expert]
-    return [
-        _domain("dense", dense, job.dp, job),
-        _domain("experts", _expert_slice(experts, job.ep), job.dp * job.tp // job.ep, job, expert=True),
-    ]
+    slices = _domain("experts", _expert_slice(experts, job.ep), job.dp * job.tp // job.ep, job, expert=True)
+    busy = [work for work in slices.plan.ns_flops_by_rank for _ in range(job.ep)]
+    return [_domain("dense", dense, job.dp, job, busy=busy), slices]
 
 
 def _expert_slice(experts: Sequence[ParameterShape], ep: int) -> list[ParameterShape]:
@@ -191,8 +190,16 @@ def _expert_slice(experts: Sequence[ParameterShape], ep: int) -> list[ParameterS
     return [shape for shape, number in zip(experts, numbers, strict=True) if number < count // ep]
 
 
-def _domain(name: str, shapes: Sequence[ParameterShape], dp: int, job: Job, *, expert: bool = False) -> Domain:
-    """Lay out and plan `shapes` over `dp` data-parallel ranks (x tp unless they are experts)."""
+def _domain(
+    name: str,
+    shapes: Sequence[ParameterShape],
+    dp: int,
+    job: Job,
+    *,
+    expert: bool = False,
+    busy: Sequence[int] = (),
+) -> Domain:
+    """Lay out and plan `shapes` over `dp` data-parallel ranks (x tp unless they are experts), given `busy` ranks."""
     tp = 1 if expert else job.tp
     tensors = [_tensor(shape, tp) for shape in shapes]
     numels = [tensor.numel for tensor in tensors]
@@ -206,7 +213,7 @@ def _domain(name: str, shapes: Sequence[ParameterShape], dp: int, job: Job, *, e
     exact = [sum(numels[index] for index in chosen) / dp for chosen in (muon, adamw)]
     return Domain(
         name=name,
-        plan=make_plan(layout, job.strategy),
+        plan=make_plan(layout, job.strategy, busy=busy),
         ranks_per_slice=job.ep if expert else 1,
         state_bytes=padded[0] * _MUON_STATE_BYTES + padded[1] * _ADAMW_STATE_BYTES,
         state_bytes_ideal=exact[0] * _MUON_STATE_BYTES + exact[1] * _ADAMW_STATE_BYTES,
