@@ -25,7 +25,7 @@ class Host:
     def start(
         self, command: Sequence[str], log: Path, environment: dict[str, str] | None = None
     ) -> subprocess.Popen[bytes]:
-        """Run a command on this host, output to `log`, in a process group of its own."""
+        """Run a command on this host, output to `log`."""
         variables = {
             **os.environ,
             "GLOO_SOCKET_IFNAME": DEVICE,
@@ -38,19 +38,14 @@ class Host:
             stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
             env=variables,
-            start_new_session=True,
         )
 
-    def link(self, state: str) -> None:
-        """Set the network link "up" or "down"."""
-        _run("ip", "netns", "exec", self.name, "ip", "link", "set", DEVICE, state)
-
-
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and all it started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def kill(self) -> None:
+        """Kill every process of this host at once, as a power cut would."""
+        found = subprocess.run(["ip", "netns", "pids", self.name], capture_output=True, text=True, check=False)
+        for pid in found.stdout.split():
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def why_not() -> str | None:
@@ -92,6 +87,7 @@ def make_hosts(count: int, megabits: int | None = None) -> Iterator[list[Host]]:
         yield hosts
     finally:
         for host in hosts:
+            host.kill()
             subprocess.run(["ip", "netns", "del", host.name], capture_output=True, check=False)
         subprocess.run(["ip", "link", "del", bridge], capture_output=True, check=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.multihost.hosts import Host, kill, make_hosts, why_not
+from tests.multihost.hosts import Host, make_hosts, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no hosts: {why_not()}")
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,11 +37,7 @@ def preflight(
         )
         for i, host in enumerate(hosts)
     ]
-    try:
-        codes = [process.wait(timeout=90) for process in running]
-    finally:
-        for process in running:
-            kill(process)
+    codes = [process.wait(timeout=90) for process in running]
     return codes, "\n".join(log.read_text() for log in logs), time.monotonic() - begin
 
 

@@ -1,0 +1,55 @@
+"""A run's directory and the checkpoints in it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.world import World
+
+METRICS, PLOT = "metrics.jsonl", "loss.png"
+
+
+class RunDirectory:
+    """Names, finds and prunes the checkpoints of one run.
+
+    Args:
+        path: the run's directory, on a file system that all ranks share.
+        world: the ranks.
+        keep: complete checkpoints to keep; older ones are deleted.
+    """
+
+    def __init__(self, path: Path, world: World, keep: int) -> None:
+        self.path, self._world, self._keep = path, world, keep
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """(step, directory) of the complete checkpoints, oldest first."""
+        found = (self.path / "checkpoints").glob("step-*[0-9]")
+        return sorted((int(path.name.removeprefix("step-")), path) for path in found)
+
+    def latest(self) -> Path:
+        """The newest complete checkpoint.
+
+        Raises:
+            ValueError: there is none.
+        """
+        found = self.checkpoints()
+        if not found:
+            raise ValueError(f"--resume: no checkpoint in {self.path}/checkpoints: start without --resume")
+        return found[-1][1]
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Write the checkpoint of `step` unless it is there, and delete old ones; collective.
+
+        Args:
+            step: steps done.
+            write: writes a checkpoint that appears under the given path only when complete; collective.
+        """
+        path = self.path / "checkpoints" / f"step-{step:08d}"
+        if not path.exists():
+            write(path)
+        if self._world.main:
+            for _, old in self.checkpoints()[: -self._keep]:
+                shutil.rmtree(old)
+        self._world.barrier()

@@ -1,0 +1,88 @@
+"""The ranks of a job: start and end of torch.distributed, small reductions, a stop agreed by all ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the data-parallel ranks."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the rank that prints and writes files."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over the ranks; collective, each rank passes as many values."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total.tolist()
+
+    def barrier(self) -> None:
+        """Wait for every rank; collective."""
+        if self.size > 1:
+            dist.barrier()
+
+    def to_device(self, *tensors: Tensor) -> list[Tensor]:
+        """Copies on this rank's device."""
+        return [tensor.to(self.device, non_blocking=True) for tensor in tensors]
+
+    def synchronize(self) -> None:
+        """Wait for the device's queue, so that a clock read next is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+@contextmanager
+def open_world(device: str = "auto") -> Iterator[World]:
+    """Join the job that torchrun started, or be alone without torch.distributed where there is none.
+
+    Args:
+        device: "cpu", "cuda", or "auto": a CUDA device per local rank where there is one.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    else:
+        chosen = torch.device(device)
+    if "RANK" not in os.environ:
+        yield World(0, 1, chosen)
+        return
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    yield World(dist.get_rank(), dist.get_world_size(), chosen)
+    # Not reached after an exception: a rank that fails must leave at once, not wait for its peers.
+    dist.destroy_process_group()
+
+
+class StopRequest:
+    """Remembers SIGINT and SIGTERM, so that the loop can stop at a step boundary.
+
+    Signals reach ranks at different times, or only some of them: pass `requested` through a reduction
+    and act on the result, never on the local flag.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
