@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +39,14 @@ class FlatShard(Tensor):
         shard.start, shard.total = start, total
         return shard
 
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """The flat tensor's size, which torch.distributed.checkpoint compares with the saved one; `shape` is local."""
+        return torch.Size([self.total]) if dim is None else self.total
+
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         if not self.numel():
             return []
-        return [ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=self.size())]
+        return [ChunkStorageMetadata(offsets=torch.Size([self.start]), sizes=self.shape)]
 
     def __create_write_items__(self, fqn: str, shard: FlatShard) -> list[WriteItem]:
         properties = TensorProperties.create_from_tensor(self.as_subclass(Tensor))
@@ -68,8 +75,9 @@ def save(path: str | Path, model: nn.Module, optimizer: DistributedMuon, extra: 
     """
     optimizer.wait_params()
     path, group = Path(path), optimizer.collectives.group
-    unfinished, old = path.with_name(path.name + ".unfinished"), path.with_name(path.name + ".old")
+    unfinished, old = path.with_name(path.name + ".unfinished"), _replaced(path)
     lead = optimizer.collectives.rank == 0
+    _restore_replaced(path, optimizer)
     if lead:
         shutil.rmtree(unfinished, ignore_errors=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,9 +90,9 @@ def save(path: str | Path, model: nn.Module, optimizer: DistributedMuon, extra: 
         ]
     )
     state["extra"] = _Opaque(extra or {})
-    dcp.save(state, checkpoint_id=unfinished, process_group=group, no_dist=not _distributed())
+    with _quiet():
+        dcp.save(state, checkpoint_id=unfinished, process_group=group, no_dist=not _distributed())
     if lead:
-        shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
         unfinished.rename(path)
@@ -104,6 +112,7 @@ def load(path: str | Path, model: nn.Module, optimizer: DistributedMuon) -> dict
         FileNotFoundError: no complete checkpoint under `path`. ValueError: it holds other parameters.
     """
     path = Path(path)
+    _restore_replaced(path, optimizer)
     if not (path / ".metadata").is_file():
         raise FileNotFoundError(
             f"no complete checkpoint in {path}: give the directory that checkpoint.save() was given"
@@ -111,15 +120,30 @@ def load(path: str | Path, model: nn.Module, optimizer: DistributedMuon) -> dict
     optimizer.wait_params()
     keywords = {"checkpoint_id": path, "process_group": optimizer.collectives.group, "no_dist": not _distributed()}
     header: dict[str, Any] = {"groups": "", "extra": _Opaque({})}
-    dcp.load(header, **keywords)
+    with _quiet():
+        dcp.load(header, **keywords)
     groups = [{k: _tuples(v) for k, v in g.items()} | {"params": g["params"]} for g in json.loads(header["groups"])]
     check_groups(optimizer.sharded_parameters, optimizer.param_groups, groups)
     state = _tensors(model, optimizer)
-    dcp.load(state, **keywords)
+    with _quiet():
+        dcp.load(state, **keywords)
     model.load_state_dict(state["model"])
     import_groups(optimizer.param_groups, groups)
     optimizer.gather_params()
     return header["extra"].value
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(path.name + ".old")
+
+
+def _restore_replaced(path: Path, optimizer: DistributedMuon) -> None:
+    """Take the older checkpoint back where a crash came between its removal and the arrival of the new one."""
+    if optimizer.collectives.rank == 0:
+        if not path.exists() and _replaced(path).exists():
+            _replaced(path).rename(path)
+        shutil.rmtree(_replaced(path), ignore_errors=True)
+    _barrier(optimizer)
 
 
 class _Opaque:
@@ -146,6 +170,14 @@ def _tuples(value: Any) -> Any:
 
 def _distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """One process without torch.distributed is a supported way to run, not a reason to warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _barrier(optimizer: DistributedMuon) -> None:

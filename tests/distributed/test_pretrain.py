@@ -1,0 +1,293 @@
+"""The trainer as users start it: two ranks under torchrun, resumed, interrupted, and with a rank killed."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from launch.data import TokenData
+from launch.metrics import read_metrics
+from launch.models import MoonlightConfig, update_expert_bias
+from launch.models.moonlight import MixtureOfExperts
+from launch.pretrain import parse_arguments, train
+from launch.run_dir import RunDirectory
+from launch.validation import validation_loss
+from launch.world import World
+from tests.spawn import run_ranks
+
+ROOT = Path(__file__).parents[2]
+LIMIT = 60  # seconds for one job; each takes about six
+SIZES = {
+    "--hidden-size": 32,
+    "--num-attention-heads": 2,
+    "--intermediate-size": 48,
+    "--sequence-length": 32,
+    "--batch-size": 4,
+    "--validation-samples": 8,
+    "--warmup": 2,
+    "--lr": 0.01,
+}
+DENSE_SIZES = {"--model": "dense", "--num-hidden-layers": 1, "--head-dim": 16, **SIZES}
+MOONLIGHT_SIZES = {
+    "--model": "moonlight",
+    "--num-hidden-layers": 2,
+    "--kv-lora-rank": 16,
+    "--qk-nope-head-dim": 8,
+    "--qk-rope-head-dim": 8,
+    "--v-head-dim": 16,
+    "--n-routed-experts": 4,
+    "--moe-intermediate-size": 16,
+    **SIZES,
+}
+TINY_DENSE, TINY = ([str(word) for item in sizes.items() for word in item] for sizes in (DENSE_SIZES, MOONLIGHT_SIZES))
+ONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small corpus, so that no run reads the whole standard library."""
+    file = tmp_path_factory.mktemp("data") / "corpus.py"
+    file.write_text((ROOT / "distributed_muon" / "matrices.py").read_text())
+    return ["--data", str(file)]
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers():
+    """Runs inside this process take over SIGINT and SIGTERM."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
+def job(*flags):
+    """A two-rank job in a process group of its own, of which nothing is left afterwards."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*command, "-m", "launch.pretrain", *TINY, *map(str, flags)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        for number in [*ranks_of(process), *([process.pid] if process.poll() is None else [])]:
+            os.kill(number, signal.SIGKILL)
+        process.communicate()
+
+
+def ranks_of(process):
+    """Process numbers of the ranks that torchrun started and that have not ended."""
+    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    try:
+        return [number for number in map(int, file.read_text().split()) if alive(number)]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def alive(number):
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def run_to_end(*flags):
+    """Run a job that has to succeed; its results and its whole output."""
+    with job(*flags) as process:
+        out, err = process.communicate(timeout=LIMIT)
+        assert process.returncode == 0, err
+        return json.loads(out.splitlines()[-1]), out
+
+
+def training_ranks(process, run_dir, steps=3):
+    """Wait until the job has done a few steps; process numbers of its ranks, in their order."""
+    deadline = time.monotonic() + LIMIT
+    while len(read_metrics(run_dir / "metrics.jsonl")) < steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    return ranks
+
+
+def losses(run_dir):
+    return {line["step"]: line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line}
+
+
+def last_validation(run_dir):
+    return [line["val_loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "val_loss" in line][-1]
+
+
+SIX_STEPS = ["--steps", 6, "--checkpoint-interval", 3, "--validation-interval", 4, "--log-interval", 2]
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, data):
+    """Six steps in one go, with a checkpoint after three."""
+    run_dir = tmp_path_factory.mktemp("runs") / "straight"
+    results, out = run_to_end(*data, *SIX_STEPS, "--run-dir", run_dir)
+    return run_dir, results, out
+
+
+def three_steps_of(straight_dir, target):
+    """The run directory as it was when the job died after step 4."""
+    shutil.copytree(straight_dir, target)
+    shutil.rmtree(target / "checkpoints" / "step-00000006")
+    lines = (target / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (target / "metrics.jsonl").write_text("".join(lines[:4]))
+    return target
+
+
+def test_a_run_reports_and_leaves_its_files(straight):
+    run_dir, results, out = straight
+    assert {"final_val_loss", "unigram_val_loss", "tokens_per_second", "optimizer_seconds_share"} < set(results)
+    assert (results["steps"], results["world_size"]) == (6, 2)
+    assert results["final_val_loss"] == last_validation(run_dir)
+    assert 0 < results["optimizer_seconds_share"] < 1
+    assert results["tokens_per_second"] > 0
+    assert list(losses(run_dir)) == [1, 2, 3, 4, 5, 6]
+    assert losses(run_dir)[6] < losses(run_dir)[1] - 0.2
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in RunDirectory(run_dir, ONE, 2).checkpoints()] == [3, 6]
+    lines = out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step")] == ["2/6", "4/6", "4", "6/6"]
+    assert sum(line.startswith("{") for line in lines) == 1  # one rank speaks
+
+
+def test_resume_is_bit_exact_on_the_same_ranks(straight, data, tmp_path):
+    resumed = three_steps_of(straight[0], tmp_path / "resumed")
+    results, _ = run_to_end(*data, *SIX_STEPS, "--run-dir", resumed, "--resume")
+    assert losses(resumed) == losses(straight[0])
+    assert last_validation(resumed) == last_validation(straight[0])
+    assert results["steps"] == 6
+
+
+def test_resume_on_one_rank_goes_on_with_the_same_samples(straight, data, tmp_path, capsys):
+    resumed = three_steps_of(straight[0], tmp_path / "resumed")
+    flags = [*data, *TINY, *SIX_STEPS, "--run-dir", resumed, "--resume", "--accumulation", 2]
+    train(parse_arguments([*map(str, flags)]), ONE)
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["world_size"] == 1
+    assert not any(line.startswith("note") for line in lines)
+    for step in (4, 5, 6):  # bf16 rounds differently in microbatches of one rank
+        assert losses(resumed)[step] == pytest.approx(losses(straight[0])[step], rel=2e-3)
+
+
+def test_a_signal_to_one_rank_stops_both_at_a_step_with_a_checkpoint(data, tmp_path):
+    flags = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 100_000]
+    with job(*flags) as process:
+        os.kill(training_ranks(process, tmp_path)[1], signal.SIGTERM)
+        out, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, err
+    (step, _), *more = RunDirectory(tmp_path, ONE, 2).checkpoints()
+    assert not more
+    assert max(losses(tmp_path)) == step
+    assert out.splitlines()[-1] == f"stopped after step {step}; continue with --resume --run-dir {tmp_path}"
+
+
+def test_ctrl_c_stops_the_job_with_a_checkpoint(data, tmp_path):
+    flags = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 100_000]
+    with job(*flags) as process:
+        ranks = training_ranks(process, tmp_path)
+        os.killpg(process.pid, signal.SIGINT)  # what a terminal does: launcher and ranks together
+        out, _ = process.communicate(timeout=LIMIT)
+        assert not any(alive(rank) for rank in ranks)
+    assert "stopped after step" in out
+    assert max(losses(tmp_path)) == RunDirectory(tmp_path, ONE, 2).checkpoints()[-1][0]
+
+
+def test_a_killed_rank_ends_the_job(data, tmp_path):
+    flags = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 2]
+    with job(*flags) as process:
+        ranks = training_ranks(process, tmp_path)
+        os.kill(ranks[1], signal.SIGKILL)
+        process.communicate(timeout=LIMIT)
+        assert process.returncode != 0
+        assert not any(alive(rank) for rank in ranks)
+    assert RunDirectory(tmp_path, ONE, 2).checkpoints()  # what a resume starts from
+
+
+def reduce_on_a_rank(rank, world):
+    """Unequal loads, and 3 validation samples for 2 ranks."""
+    layer = MixtureOfExperts(MoonlightConfig(hidden_size=8, n_routed_experts=3, moe_intermediate_size=4))
+    layer.gate.load.copy_(torch.tensor([[5, 1, 0], [0, 2, 1]][rank]))  # together 5, 3, 1
+    worst = update_expert_bias(layer, 0.5)
+    data = TokenData([np.arange(100) % 7], [np.arange(100) % 7], 7, 5)
+
+    def first_target_is_the_loss(tokens, targets):
+        return targets[:, 0].double().mean()
+
+    model = nn.Module()
+    model.forward = first_target_is_the_loss
+    loss = validation_loss(model, data, World(rank, world, torch.device("cpu")), samples=3, size=2)
+    return worst, layer.gate.e_score_correction_bias.tolist(), loss
+
+
+def test_expert_load_and_validation_loss_are_over_all_ranks():
+    results = run_ranks(reduce_on_a_rank, 2)
+    windows = [0, 9, 18]  # of 19, five tokens each
+    expected = sum((5 * window + 1) % 7 for window in windows) / 3
+    assert results == [(5 / 3, [-0.5, 0.0, 0.5], expected)] * 2
+
+
+def run_here(capsys, *flags):
+    """Train in this process, one rank without torch.distributed; the last line's results."""
+    train(parse_arguments([*map(str, flags)]), ONE)
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+@pytest.mark.parametrize("extra", [(), ("--optimizer", "adamw"), ("--overlap-param-gather", "--dtype", "fp32")])
+def test_one_process_trains_the_dense_model(data, tmp_path, capsys, extra):
+    results = run_here(capsys, *data, *TINY_DENSE, "--run-dir", tmp_path, "--steps", 80, *extra)
+    assert results["world_size"] == 1
+    assert results["final_val_loss"] < results["unigram_val_loss"] - 0.1
+
+
+def test_accumulated_microbatches_are_one_batch(data, tmp_path, capsys):
+    flags = [*data, *TINY_DENSE, "--dtype", "fp32", "--steps", 3]
+    run_here(capsys, *flags, "--run-dir", tmp_path / "whole")
+    run_here(capsys, *flags, "--run-dir", tmp_path / "parts", "--batch-size", 1, "--accumulation", 4)
+    whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
+    assert [parts[step] for step in whole] == pytest.approx(list(whole.values()), rel=1e-4)
+
+
+def test_a_run_directory_is_never_overwritten_and_resume_needs_a_checkpoint(data, tmp_path, capsys):
+    flags = [*data, *TINY_DENSE, "--run-dir", tmp_path, "--steps", 1]
+    with pytest.raises(SystemExit, match="error: --resume: no checkpoint"):
+        run_here(capsys, *flags, "--resume")
+    first = run_here(capsys, *flags)
+    with pytest.raises(SystemExit, match="holds checkpoints of an earlier run: add --resume, or name another"):
+        run_here(capsys, *flags)
+    again = run_here(capsys, *flags, "--resume")  # nothing left to do
+    assert again["final_val_loss"] == first["final_val_loss"]
+
+
+def test_another_number_of_samples_per_step_is_noted(data, tmp_path, capsys):
+    flags = [*data, *TINY_DENSE, "--run-dir", tmp_path]
+    run_here(capsys, *flags, "--steps", 1)
+    train(parse_arguments([*map(str, flags), "--steps", "2", "--resume", "--batch-size", "2"]), ONE)
+    assert "note: 2 samples per step, before 4" in capsys.readouterr().out
+
+
+def test_wrong_counts_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--accumulation", "0"])
+    assert "--accumulation 0: must be at least 1" in capsys.readouterr().err
