@@ -87,7 +87,8 @@ def save(path: str | Path, model: nn.Module, optimizer: DistributedMuon, extra: 
         [
             {k: v for k, v in g.items() if k != "matrices"}
             for g in export_groups(optimizer.sharded_parameters, optimizer.param_groups)
-        ]
+        ],
+        default=float,  # options may be one-element tensors, such as a learning rate
     )
     state["extra"] = _Opaque(extra or {})
     with _quiet():
