@@ -122,8 +122,12 @@ class GradientReducer:
         return self._params[tensor].grad is not None or self._drained[tensor]
 
     def written_outside(self) -> bool:
-        """Whether a p.grad was written in place after it was reduced: the write would be lost."""
-        return self._versions != self._flat_versions()
+        """Whether a p.grad was written or replaced after it was reduced: the change would be lost."""
+        replaced = any(
+            param.grad is not None and param.grad.data_ptr() != self._views[tensor].data_ptr()
+            for tensor, param in enumerate(self._params)
+        )
+        return replaced or self._versions != self._flat_versions()
 
     def _flat_versions(self) -> list[int]:
         # Every fp32 p.grad is a view of its bucket's flat gradient and shares its version counter.
@@ -168,6 +172,7 @@ class GradientReducer:
         bucket = self._bucket_of[tensor]
         if bucket < self._launched:
             self.stale[bucket] = True
+            self._versions[bucket] = self._flat_versions()[bucket]  # autograd's own write, to be reduced again
             return
         self._missing[bucket].discard(tensor)
         while self._launched < len(self._buckets) and not self._missing[self._launched]:

@@ -84,10 +84,7 @@ def save(path: str | Path, model: nn.Module, optimizer: DistributedMuon, extra: 
     _barrier(optimizer)
     state = _tensors(model, optimizer)
     state["groups"] = json.dumps(
-        [
-            {k: v for k, v in g.items() if k != "matrices"}
-            for g in export_groups(optimizer.sharded_parameters, optimizer.param_groups)
-        ],
+        export_groups(optimizer.sharded_parameters, optimizer.param_groups),
         default=float,  # options may be one-element tensors, such as a learning rate
     )
     state["extra"] = _Opaque(extra or {})

@@ -80,3 +80,7 @@ class Hardware:
 # 600 of 989 dense bf16 TFLOP/s; one 400 Gb/s InfiniBand port per GPU; NCCL's small-message latency;
 # NVLink 4's 450 GB/s each way among 8 GPUs, of which NCCL reaches about 80 %.
 H100_INFINIBAND = Hardware("H100, NVLink 4, 400 Gb/s InfiniBand", 600e12, 50e9, 30e-6, 8, 360e9)
+# The same GPUs with one 100 Gb/s Ethernet port each.
+H100_ETHERNET = Hardware("H100, NVLink 4, 100 Gb/s Ethernet", 600e12, 12.5e9, 60e-6, 8, 360e9)
+# 220 of 312 dense bf16 TFLOP/s; one 200 Gb/s port per GPU; 80 % of NVLink 3's 300 GB/s each way.
+A100_INFINIBAND = Hardware("A100, NVLink 3, 200 Gb/s InfiniBand", 220e12, 25e9, 30e-6, 8, 240e9)

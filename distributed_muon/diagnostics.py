@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from distributed_muon.plan import Plan
 
 
 class PhaseTimer:
-    """Adds up seconds under phase names: `with timer("newton_schulz"): ...`.
+    """Adds up seconds under phase names: `with timer("newton_schulz"): ...`; torch.profiler shows them as ranges.
 
     Args:
         device: the device whose work is timed; CUDA phases are read from events when `seconds()` is called.
@@ -28,6 +28,13 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
+        # Only while a profiler listens: a range costs microseconds even when nobody does.
+        profiling = torch.autograd.profiler._is_profiler_enabled
+        with torch.profiler.record_function(phase) if profiling else nullcontext(), self._timed(phase):
+            yield
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
         if self._cuda:
             start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()

@@ -18,7 +18,7 @@ from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets
 from distributed_muon.matrices import TensorSpec
 from distributed_muon.plan import STRATEGIES, NewtonSchulz, Plan, make_plan
 from distributed_muon.sharded_muon import ShardedMuon
-from distributed_muon.sharded_state import allocate_state, export_state, import_state
+from distributed_muon.sharded_state import allocate_state, behind_masters, export_state, import_state
 from distributed_muon.update import adamw_update
 from distributed_muon.validation import check_choice, check_group, describe, tensor_specs
 
@@ -91,6 +91,8 @@ class DistributedMuon(torch.optim.Optimizer):
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
         if bucket_mb is not None and (layout == "flat" or bucket_mb <= 0):
             raise ValueError(f"bucket_mb={bucket_mb} with layout={layout!r}: give MiB above 0, and none for 'flat'")
+        if gradient_reduction == "none" and reduce_dtype != torch.float32:
+            raise ValueError(f'reduce_dtype={reduce_dtype} with gradient_reduction="none": nothing is reduced here')
         defaults = {
             "algorithm": "muon",
             "matrices": None,
@@ -211,6 +213,8 @@ class DistributedMuon(torch.optim.Optimizer):
         if self._agreement is not None:
             return self._agreement
         self._gatherer.wait()
+        if self._behind_masters:  # unless the model was loaded since
+            self._behind_masters = behind_masters(self.sharded_parameters)
         stale = [True]
         while any(stale):
             written, stale = False, [False] * len(self._buckets)
@@ -356,7 +360,7 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         norm = self._agree().norm
         factor = max_norm / (norm * self._clip + 1e-6)  # torch.nn.utils.clip_grad_norm_'s
-        if factor < 1:
+        if factor < 1 and norm < float("inf"):
             self._scale_gradients(factor)
             self._clip *= factor
         return norm

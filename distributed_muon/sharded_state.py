@@ -127,14 +127,17 @@ def import_state(
                 f"state_dict holds elements {saved['shard']} of parameter {p.name!r}, this rank {(p.start, p.stop)}: "
                 "use the same layout and bucket_mb, or checkpoint.save/load"
             )
-    behind = False
     for p in parameters:
         for key, value in p.saved.items():
             value.copy_(state_dict["state"][p.name][key])
-        own = p.param.detach().view(-1)[p.start : p.stop]
-        behind |= not torch.equal(p.master.to(own.dtype), own)
     import_groups(param_groups, state_dict["param_groups"])
-    return behind
+    return behind_masters(parameters)
+
+
+def behind_masters(parameters: Sequence[ShardedParameter]) -> bool:
+    """Whether elements of a parameter on this rank do not follow from the masters."""
+    own = ((p.param.detach().view(-1)[p.start : p.stop], p.master) for p in parameters)
+    return any(not torch.equal(master.to(values.dtype), values) for values, master in own)
 
 
 def export_groups(
@@ -143,7 +146,7 @@ def export_groups(
     """The options of every group, with parameter names in place of tensors."""
     return [
         {
-            **{k: v for k, v in group.items() if k not in ("param_names", "positions")},
+            **{k: v for k, v in group.items() if k not in ("param_names", "positions", "matrices")},
             "params": _names(parameters, index),
         }
         for index, group in enumerate(param_groups)

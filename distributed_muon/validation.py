@@ -27,6 +27,12 @@ def check_group(index: int, group: Mapping[str, Any]) -> None:
     for option in ("lr", "weight_decay", "momentum", "eps", "adamw_eps"):
         if not float(group[option]) >= 0:
             raise ValueError(f"{option}={group[option]} of parameter group {index} must be >= 0")
+    if "betas" in group:
+        raise ValueError(f"betas of parameter group {index}: AdamW groups call them adamw_betas (and eps adamw_eps)")
+    if not group["momentum"] < 1:
+        raise ValueError(f"momentum={group['momentum']} of parameter group {index} must be below 1")
+    if not all(0 <= beta < 1 for beta in group["adamw_betas"]):
+        raise ValueError(f"adamw_betas={group['adamw_betas']} of parameter group {index} must be in [0, 1)")
     if group["algorithm"] == "muon":
         check_choice("adjust_lr_fn", group["adjust_lr_fn"], ADJUST_LR_FNS)
         coefficient_table(group["ns_coefficients"], group["ns_steps"])
@@ -65,6 +71,8 @@ def _tensor_spec(name: str, param: nn.Parameter, group: Mapping[str, Any]) -> Te
         raise ValueError(f"parameter {name!r} is a DTensor: DistributedMuon shards by itself, pass plain tensors")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"parameter {name!r} is {param.dtype}: float32, bfloat16 and float16 are supported")
+    if not param.numel():
+        raise ValueError(f"parameter {name!r} is empty: leave it out, or pass the model before a wrapper shards it")
     if not param.requires_grad:
         raise ValueError(f"parameter {name!r} is frozen: leave it out of the parameter groups")
     if group["algorithm"] == "adamw":

@@ -1,0 +1,195 @@
+"""Fits seconds = alpha + bytes / beta to each collective on the links at hand; times matmul and memory.
+
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m perf.links [--json FILE]
+
+Bytes are those one rank sends, as `distributed_muon.collectives` counts them, so beta is the bus bandwidth.
+`perf.scale --links FILE` predicts with the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distributed_muon.collectives import Collectives, Pending
+from distributed_muon.cost_model import Hardware
+from launch.world import open_world
+from perf.machine import describe_machine
+
+KINDS = ("reduce_scatter", "all_gather", "all_to_all")
+_MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
+_LARGEST_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
+
+Point = tuple[int, float]  # bytes one rank sends, seconds
+
+
+@dataclass(frozen=True)
+class Link:
+    """A fitted collective: `alpha_seconds` before the first byte, then `bytes_per_second` sent by each rank."""
+
+    alpha_seconds: float
+    bytes_per_second: float
+
+    def seconds(self, sent_bytes: float) -> float:
+        """Predicted seconds of one collective in which each rank sends `sent_bytes`."""
+        return self.alpha_seconds + sent_bytes / self.bytes_per_second
+
+
+def fit(points: Sequence[Point]) -> Link:
+    """Least squares of the relative error, so that small messages set alpha and large ones beta.
+
+    Raises:
+        ValueError: large messages were not slower than small ones.
+    """
+    sent, seconds = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    columns = np.stack([1 / seconds, sent / seconds], axis=1)
+    (alpha, slope), *_ = np.linalg.lstsq(columns, np.ones(len(points)), rcond=None)
+    if alpha < 0:  # too small to see beside the noise
+        alpha, (slope, *_) = 0.0, np.linalg.lstsq(columns[:, 1:], np.ones(len(points)), rcond=None)[0]
+    if slope <= 0:
+        raise ValueError("large messages were not slower than small ones: measure again with more --rounds")
+    return Link(float(alpha), float(1 / slope))
+
+
+def hardware(fitted: dict[str, Any]) -> Hardware:
+    """The planner's view of a result of `measure_links`.
+
+    Args:
+        fitted: the JSON object that `perf.links --json` wrote.
+    """
+    links = {kind: fitted["links"][kind] for kind in KINDS}
+    return Hardware(
+        name=f"fitted: {fitted['world']} ranks on {fitted['machine']['gpu'] or fitted['machine']['cpu']}, "
+        f"{fitted['backend']}",
+        matmul_flops=fitted["matmul_flops"],
+        link_bytes_per_second=links["all_to_all"]["bytes_per_second"],
+        latency_seconds=max(link["alpha_seconds"] for link in links.values()),
+        node_ranks=fitted["node_ranks"],
+        node_bytes_per_second=min(links[kind]["bytes_per_second"] for kind in ("reduce_scatter", "all_gather")),
+    )
+
+
+def measure(collectives: Collectives, kind: str, sent_bytes: int, rounds: int, device: torch.device) -> Point:
+    """Median seconds of one collective on the slowest rank; collective over the group.
+
+    Args:
+        kind: one of KINDS. sent_bytes: about what each rank is to send.
+
+    Returns:
+        What each rank really sent, and the seconds.
+    """
+    share = max(1, sent_bytes // (4 * (collectives.size - 1)))  # fp32 elements for each peer
+    whole, own = torch.ones(share * collectives.size, device=device), torch.empty(share, device=device)
+    counts = [share] * collectives.size
+    received = torch.empty_like(whole)
+    calls: dict[str, Callable[[], Pending]] = {
+        "reduce_scatter": lambda: collectives.reduce_scatter(own, whole),
+        "all_gather": lambda: collectives.all_gather(whole),
+        "all_to_all": lambda: collectives.all_to_all(received, whole, counts, counts),
+    }
+    before = collectives.sent_bytes[kind]
+    seconds = [timed(collectives, calls[kind], device) for _ in range(rounds + 1)][1:]
+    sent = (collectives.sent_bytes[kind] - before) // (rounds + 1)
+    slowest = torch.tensor([statistics.median(seconds)], dtype=torch.float64, device=device)
+    return sent, float(collectives.all_reduce(slowest, maximum=True, counted=False))
+
+
+def timed(collectives: Collectives, call: Callable[[], Pending], device: torch.device) -> float:
+    """Seconds until one collective, started by all ranks at once, is done on this rank."""
+    collectives.all_reduce(torch.zeros(1, device=device), counted=False)
+    _synchronize(device)
+    begin = time.perf_counter()
+    call().wait()
+    _synchronize(device)
+    return time.perf_counter() - begin
+
+
+def matmul_flops(device: torch.device, rounds: int) -> float:
+    """Median FLOP/s of a square bf16 matmul on this rank."""
+    side = _MATMUL_SIDE[device.type]
+    x = torch.randn(side, side, device=device).bfloat16()
+    return 2 * side**3 / statistics.median(_seconds(lambda: x @ x, device, rounds))
+
+
+def memory_rate(device: torch.device, rounds: int) -> float:
+    """Median bytes per second that this rank reads and writes, copying a tensor larger than caches."""
+    source = torch.ones(1 << 28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / statistics.median(_seconds(lambda: target.copy_(source), device, rounds))
+
+
+def _seconds(call: Callable[[], Any], device: torch.device, rounds: int) -> list[float]:
+    """Seconds of each call after one of warm-up."""
+    seconds = []
+    for _ in range(rounds + 1):
+        _synchronize(device)
+        begin = time.perf_counter()
+        call()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[1:]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure_links(device: torch.device, rounds: int) -> dict[str, Any]:
+    """Fit every collective over the default group; collective over it."""
+    collectives = Collectives()
+    sizes = [4096]
+    while sizes[-1] < _LARGEST_BYTES[device.type]:
+        sizes.append(sizes[-1] * 4)
+    links = {}
+    for kind in KINDS:
+        points = [measure(collectives, kind, size, rounds, device) for size in sizes]
+        links[kind] = {**asdict(fit(points)), "points": points}
+    command = f"torchrun --standalone --nproc_per_node {collectives.size} -m perf.links {' '.join(sys.argv[1:])}"
+    return {
+        "machine": describe_machine(command),
+        "world": collectives.size,
+        "node_ranks": int(os.environ.get("LOCAL_WORLD_SIZE", collectives.size)),
+        "backend": torch.distributed.get_backend(),
+        "matmul_flops": matmul_flops(device, rounds),
+        "memory_bytes_per_second": memory_rate(device, rounds),
+        "links": links,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15, help="repetitions, of which the median counts")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (rank 0)")
+    args = parser.parse_args()
+    with open_world(args.device) as world:
+        if world.size == 1:
+            raise SystemExit("error: one rank has no link: start with torchrun --nproc_per_node 2 or more")
+        result = measure_links(world.device, args.rounds)
+        if not world.main:
+            return
+        print(f"{result['world']} ranks, {result['backend']}; one rank: bf16 matmul {result['matmul_flops'] / 1e9:.1f} "
+              f"GFLOP/s, memory {result['memory_bytes_per_second'] / 1e9:.1f} GB/s")  # fmt: skip
+        print(f"{'collective':16s} {'alpha':>10s} {'bus':>12s}   seconds at bytes sent per rank")
+        for kind, link in result["links"].items():
+            points = ", ".join(f"{sent / 1024:.0f} KiB {seconds * 1e3:.2f} ms" for sent, seconds in link["points"])
+            alpha, rate = link["alpha_seconds"] * 1e6, link["bytes_per_second"] / 1e9
+            print(f"{kind:16s} {alpha:7.0f} us {rate:7.3f} GB/s   {points}")
+        if args.json:
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Predicts a training step from 8 to 16,384 ranks, and checks predicted bytes by running the real optimizer.
+
+    python -m perf.scale [--model moonlight-16b-a3b] [--hardware h100-ib400 | --links FILE] [--json FILE]
+    python -m perf.scale --check-bytes      # also one rank of up to 1,024, on torch's fake process group
+
+`perf.prediction` says what is assumed; every input is printed. "Share" is what the optimizer adds to a step,
+hidden communication excluded, over forward-backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from distributed_muon.cost_model import NewtonSchulz
+from distributed_muon.model_shapes import NAMED_MODELS
+from perf import prediction
+from perf.fake_world import CASES, format_outcomes, run_case
+from perf.links import hardware
+from perf.machine import describe_machine
+from perf.prediction import MACHINES, Machine, Setup, Training, predict
+
+RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+HEADLINE_RANKS = (64, 256, 1024)
+SETUPS = {
+    "Muon, home": Setup("home"),
+    "Muon, gather": Setup("gather"),
+    "Muon, gather, flat buffer": Setup("gather", "flat"),
+    "ZeRO-1 AdamW": Setup("adamw"),
+}
+
+Change = Callable[[Training, Setup, Machine], tuple[Training, Setup, Machine]]
+
+
+def _links(factor: float) -> Change:
+    def change(training: Training, setup: Setup, machine: Machine) -> tuple[Training, Setup, Machine]:
+        slower = replace(machine.hardware, link_bytes_per_second=machine.hardware.link_bytes_per_second * factor)
+        return training, setup, replace(machine, hardware=slower)
+
+    return change
+
+
+def _matmul(factor: float) -> Change:
+    def change(training: Training, setup: Setup, machine: Machine) -> tuple[Training, Setup, Machine]:
+        slower = replace(machine.hardware, matmul_flops=machine.hardware.matmul_flops * factor)
+        return training, setup, replace(machine, hardware=slower)
+
+    return change
+
+
+def _latency(factor: float) -> Change:
+    def change(training: Training, setup: Setup, machine: Machine) -> tuple[Training, Setup, Machine]:
+        slower = replace(machine.hardware, latency_seconds=machine.hardware.latency_seconds * factor)
+        times = {"hop_seconds": machine.hop_seconds * factor, "message_seconds": machine.message_seconds * factor}
+        return training, setup, replace(machine, hardware=slower, **times)
+
+    return change
+
+
+def _setup(**options: Any) -> Change:
+    return lambda training, setup, machine: (training, replace(setup, **options), machine)
+
+
+def _training(**options: Any) -> Change:
+    return lambda training, setup, machine: (replace(training, **options), setup, machine)
+
+
+def _chain(*changes: Change) -> Change:
+    def change(training: Training, setup: Setup, machine: Machine) -> tuple[Training, Setup, Machine]:
+        for one in changes:
+            training, setup, machine = one(training, setup, machine)
+        return training, setup, machine
+
+    return change
+
+
+CHANGES: dict[str, Change] = {
+    "as predicted": _chain(),
+    "ZeRO-1 AdamW instead": _setup(strategy="adamw"),
+    "half the bandwidth between nodes": _links(0.5),
+    "four times the latencies": _latency(4),
+    "half the Newton-Schulz rate": _matmul(0.5),
+    "gather instead of home": _setup(strategy="gather"),
+    "standard form only": _setup(newton_schulz=NewtonSchulz(form="standard")),
+    "10 Newton-Schulz steps": _setup(newton_schulz=NewtonSchulz(steps=10)),
+    "fp32 wire and Newton-Schulz (TF32)": _chain(_setup(newton_schulz=NewtonSchulz(element_bytes=4)), _matmul(0.5)),
+    "buckets of 25 MiB": _setup(bucket_mb=25.0),
+    "one flat buffer (nothing to overlap)": _setup(layout="flat"),
+    "no overlap of reduce-scatter and all-gather": _setup(overlap=False),
+    "a quarter of the batch (a sequence a rank at least)": lambda t, s, m: (
+        replace(t, global_tokens=t.global_tokens // 4),
+        s,
+        m,
+    ),
+    "forward-backward at 1.5 times the MFU": lambda t, s, m: (replace(t, mfu=t.mfu * 1.5), s, m),
+    "no expert parallelism": _training(ep=1),
+}
+
+
+def curves(training: Training, machine: Machine, ranks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
+    """Predictions of every setup at every number of ranks that the parallel sizes divide."""
+    group = training.tp * training.pp
+    for world in ranks:
+        if world % group or (world // training.pp) % training.ep:
+            continue
+        for name, setup in SETUPS.items():
+            result = predict(replace(training, ranks=world), setup, machine)
+            yield {"setup": name, "ranks": world, **result.to_json()}
+
+
+def sensitivities(training: Training, machine: Machine) -> Iterator[dict[str, Any]]:
+    """The share at the headline ranks after each single change for the worse (or the better)."""
+    for name, change in CHANGES.items():
+        if name == "no expert parallelism" and training.ep == 1:
+            continue
+        shares = {}
+        for world in HEADLINE_RANKS:
+            shares[world] = predict(*change(replace(training, ranks=world), Setup(), machine)).share
+        yield {"change": name, "share": shares}
+
+
+def assumptions(training: Training, machine: Machine) -> dict[str, Any]:
+    """Every input of the prediction, for people."""
+    hardware_entries = {f"hardware.{key}": value for key, value in asdict(machine.hardware).items()}
+    machine_entries = {key: value for key, value in asdict(machine).items() if key != "hardware"}
+    inputs = {key: value for key, value in asdict(training).items() if key != "ranks"}
+    return {
+        **inputs,
+        "flops_per_token": training.flops_per_token(),
+        **hardware_entries,
+        **machine_entries,
+        "wire": "fp32 reduce-scatter, bf16 all-gather, bf16 all-to-all",
+        "bucket": "Megatron's rule: 40 million elements, a million per data-parallel rank if more",
+    }
+
+
+def print_tables(result: dict[str, Any]) -> None:
+    """The result of `main` as text."""
+    print("inputs:")
+    for key, value in result["assumptions"].items():
+        print(f"  {key:34s} {value:,.6g}" if isinstance(value, float) else f"  {key:34s} {value}")
+    print("\nassumed (perf/prediction.py):" + (prediction.__doc__ or "").split("What is assumed:")[1].rstrip())
+    print(f"\n{'ranks':>6s} {'setup':26s} {'fwd-bwd':>9s} {'optimizer':>10s} {'share':>7s} {'comm alone':>11s} "
+          f"{'sent':>9s} {'memory':>9s} {'NS work':>8s}   exposed ms by part")  # fmt: skip
+    for row in result["curves"]:
+        parts = ", ".join(f"{part} {seconds * 1e3:.2f}" for part, seconds in row["exposed_seconds"].items())
+        print(f"{row['ranks']:6d} {row['setup']:26s} {row['forward_backward_seconds']:7.2f} s "
+              f"{row['optimizer_seconds'] * 1e3:7.1f} ms {row['share_of_forward_backward']:7.2%} "
+              f"{sum(row['communication_seconds'].values()) * 1e3:8.1f} ms {row['sent_bytes'] / 1e9:6.2f} GB "
+              f"{sum(row['memory_bytes'].values()) / 1e9:6.2f} GB {row['ns_max_over_ideal'] or 0:7.2f}x   "
+              f"{parts}")  # fmt: skip
+    print("\nwhat would make it worse: share of forward-backward, Muon home, at " +
+          ", ".join(f"{world}" for world in HEADLINE_RANKS) + " ranks")  # fmt: skip
+    for row in result["sensitivities"]:
+        print(f"  {row['change']:50s} " + " ".join(f"{share:8.2%}" for share in row["share"].values()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(NAMED_MODELS), default="moonlight-16b-a3b")
+    machine_source = parser.add_mutually_exclusive_group()
+    machine_source.add_argument("--hardware", choices=sorted(MACHINES), default="h100-ib400")
+    machine_source.add_argument("--links", type=Path, metavar="FILE", help="rates from perf.links --json")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pp", type=int, default=1)
+    parser.add_argument("--ep", type=int, help="default: 8 for models with experts")
+    parser.add_argument("--global-tokens", type=int, default=Training.global_tokens, help="per step, over all ranks")
+    parser.add_argument("--sequence", type=int, default=Training.sequence)
+    parser.add_argument("--mfu", type=float, default=Training.mfu, help="of forward and backward, assumed")
+    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument("--check-bytes", action="store_true", help="run the real optimizer on the fake process group")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    experts = args.model in prediction.ACTIVE_EXPERTS
+    ep = args.ep or (8 if experts else 1)
+    training = Training(args.model, 0, args.tp, args.pp, ep, args.global_tokens, args.sequence, args.mfu)
+    machine = MACHINES[args.hardware]
+    if args.links:
+        fitted = json.loads(args.links.read_text())
+        rates = hardware(fitted)
+        machine = Machine(rates, rates.matmul_flops, fitted["memory_bytes_per_second"], link_efficiency=1.0)
+    try:
+        result: dict[str, Any] = {
+            "machine": describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}"),
+            "assumptions": assumptions(training, machine),
+            "curves": list(curves(training, machine, tuple(args.ranks))),
+            "sensitivities": list(sensitivities(training, machine)),
+        }
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    print_tables(result)
+    if args.check_bytes:
+        outcomes = [run_case(case) for case in CASES]
+        print("\n" + format_outcomes(outcomes))
+        result["bytes"] = [outcome.to_json() for outcome in outcomes]
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    if not all(row["within_bounds"] for row in result.get("bytes", ())):
+        raise SystemExit("error: traffic over ZeRO-1 AdamW's is outside its bounds in a row above")
+
+
+if __name__ == "__main__":
+    main()

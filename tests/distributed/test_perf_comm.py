@@ -1,0 +1,84 @@
+"""perf.comm and perf.links on two ranks: every collective accounted for, predicted and traced."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from distributed_muon.collectives import Collectives
+from launch.world import World
+from perf import comm, links
+from perf.comm import AGREEMENT, ALL_GATHER, FROM_HOMES, REDUCE_SCATTER, TO_HOMES, Training
+from tests.checks import on_ranks
+
+WORDS = ["--hidden-size", "64", "--layers", "2", "--batch-size", "1", "--bucket-mb", "0.1"]
+
+
+def training(name: str, rank: int, world: int) -> Training:
+    return Training(name, World(rank, world, torch.device("cpu")), comm.parse_arguments(WORDS))
+
+
+@on_ranks(2)
+def test_every_collective_is_predicted_and_recorded(rank: int, world: int) -> None:
+    home = training("home", rank, world)
+    result = home.measure(1)
+    rows = result["collectives"]
+    assert list(rows) == [REDUCE_SCATTER, AGREEMENT, TO_HOMES, FROM_HOMES, ALL_GATHER]
+    buckets = len(home.optimizer._buckets)
+    assert rows[REDUCE_SCATTER]["calls"] == rows[ALL_GATHER]["calls"] == buckets > 2
+    # bf16 parameters gather half of what fp32 gradients scatter; both halve what the ranks hold.
+    assert rows[REDUCE_SCATTER]["bytes_measured"] == 2 * rows[ALL_GATHER]["bytes_measured"]
+    counted = home.optimizer.step_report()["bytes"]
+    assert counted["all_to_all"] == rows[TO_HOMES]["bytes_measured"] + rows[FROM_HOMES]["bytes_measured"]
+    assert sum(counted.values()) == sum(row["bytes_measured"] for row in rows.values())
+    assert all(row["bytes_measured"] == row["bytes_predicted"] > 0 for row in rows.values())
+    assert all(row["alone_seconds"] > 0 and row["exposed_seconds"] >= 0 for row in rows.values())
+
+
+@on_ranks(2)
+def test_gather_sends_nothing_back_and_adamw_nothing_at_all(rank: int, world: int) -> None:
+    gather, adamw = training("gather", rank, world).measure(1), training("adamw", rank, world).measure(1)
+    assert FROM_HOMES not in gather["collectives"] and TO_HOMES in gather["collectives"]
+    assert list(adamw["collectives"]) == [REDUCE_SCATTER, AGREEMENT, ALL_GATHER]
+    assert sum(gather["sent_bytes_by_rank"]) > sum(adamw["sent_bytes_by_rank"])
+
+
+@on_ranks(2)
+def test_a_step_that_sends_other_bytes_is_an_error(rank: int, world: int) -> None:
+    home = training("home", rank, world)
+    right = comm.predicted_bytes
+    comm.predicted_bytes = lambda optimizer: {
+        **right(optimizer),
+        ALL_GATHER: 7 if rank == 1 else right(optimizer)[ALL_GATHER],
+    }
+    try:
+        with pytest.raises(RuntimeError, match="bytes predicted"):  # on both ranks, though one is wrong
+            home.measure(1)
+    finally:
+        comm.predicted_bytes = right
+
+
+@on_ranks(2)
+def test_trace_shows_the_phases(rank: int, world: int) -> None:
+    home = training("home", rank, world)
+    home.step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "trace.json.gz")
+        home.trace(path)
+        if rank == 0:
+            events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+            names = {event.get("name") for event in events}
+            assert {"newton_schulz", "reduce_scatter_wait", "all_gather_wait", "gather_wait"} <= names
+
+
+@on_ranks(2)
+def test_links_count_what_they_send(rank: int, world: int) -> None:
+    for kind in links.KINDS:
+        sent, seconds = links.measure(Collectives(), kind, 40_000, 2, torch.device("cpu"))
+        assert sent == 40_000
+        assert 0 < seconds < 10
