@@ -8,7 +8,7 @@ PLOT = ["matplotlib>=3.8"]
 DEEPSPEED = ["deepspeed>=0.19.8"]
 MEGATRON = ["megatron-core>=0.16.1", "psutil"]
 TRAIN = ["tokenizers>=0.20", "tqdm>=4.66", "PyYAML>=6.0", *PLOT]
-TEST = ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", *TRAIN]
+TEST = ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "triton>=3.0; platform_system == 'Linux'", *TRAIN]
 
 setup(
     name="distributed_muon",

@@ -11,10 +11,12 @@ saves work on long matrices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from distributed_muon.kernels import Products, symmetric_products
 
 Triple = tuple[float, float, float]
 Table = tuple[Triple, ...]
@@ -50,12 +52,15 @@ COEFFICIENTS: dict[str, Table] = {
         ),
         1.01,
     ),
-    "cans": (
-        (8.4703, -25.1081, 18.6293),
-        (4.1828, -3.1087, 0.5806),
-        (3.9619, -2.9541, 0.5630),
-        (3.2866, -2.4647, 0.5074),
-        (2.2737, -1.6447, 0.4162),
+    "cans": _with_safety(
+        (
+            (8.4703, -25.1081, 18.6293),
+            (4.1828, -3.1087, 0.5806),
+            (3.9619, -2.9541, 0.5630),
+            (3.2866, -2.4647, 0.5074),
+            (2.2737, -1.6447, 0.4162),
+        ),
+        1.01,
     ),
     "deepseek_v4": (_KELLER,) * 8 + ((2.0, -1.5, 0.5),) * 2,
 }
@@ -64,7 +69,9 @@ COEFFICIENTS: dict[str, Table] = {
 quintic: Keller Jordan's, the default of torch.optim.Muon and of the Moonlight report. you: Jiacheng You's
 (Emerging-Optimizers calls it "quintic"). polar_express: the first five of arXiv 2505.16932, with a safety factor
 of 1.01 applied to every step as a/s, b/s^3, c/s^5; tables of this name with 1.02 or 1.05 exist elsewhere.
-cans: arXiv 2506.10935. deepseek_v4: eight quintic steps, then two that pull the values to 1.
+cans: arXiv 2506.10935, with the same 1.01: as published, each step lands on the very edge of the next one's
+interval, and the rounding of 16 bits carries it over (rank-1 matrices overflow). deepseek_v4: eight quintic
+steps, then two that pull the values to 1.
 """
 
 
@@ -99,17 +106,23 @@ def coefficient_table(coefficients: str | Triple | Sequence[Triple], steps: int 
     return (table + table[-1:] * (steps - len(table)))[:steps]
 
 
+# (rows of the short side, least long/short): Gram was faster from there on, bf16, CPU, one thread, five steps.
+# Its FLOPs are fewer from 1.5 on; the larger aspects pay for its many small matmuls.
+_GRAM_MIN_ASPECT = ((128, 1.9), (1, 4.0))
+
+
 def choose_form(rows: int, cols: int, steps: int) -> str:
-    """ "gram" where it was measured faster than "standard", by shape alone; symmetric in rows and cols."""
+    """The form that "auto" takes, by shape alone: "gram" where it was measured faster, else "standard"."""
     short, long = sorted((rows, cols))
-    return "gram" if steps >= 3 and short >= 1 and long >= GRAM_MIN_ASPECT * short else "standard"
-
-
-GRAM_MIN_ASPECT = 1.9
+    aspect = next((aspect for least, aspect in _GRAM_MIN_ASPECT if short >= least), None)
+    return "gram" if steps >= 3 and aspect is not None and long >= aspect * short else "standard"
 
 
 def ns_flops(rows: int, cols: int, steps: int, form: str) -> int:
     """FLOPs (multiply and add counted apart) of the matmuls of `orthogonalize` on one (rows, cols) matrix.
+
+    With m rows, r = long/short and five steps: standard (20 r + 10) m^3, gram (12 r + 22) m^3. Symmetric
+    products are counted in full; `kernels` saves up to half of theirs, depending on device and size.
 
     Args:
         rows, cols: shape, either way round. steps: iterations. form: "standard" or "gram".
@@ -117,21 +130,8 @@ def ns_flops(rows: int, cols: int, steps: int, form: str) -> int:
     m, n = sorted((rows, cols))
     if form == "standard":
         return steps * (4 * m * m * n + 2 * m**3)
-    # Per stretch: X X^T and Q X; R^2 for every step, Q Z for all but the first, and two for R but at the end.
-    return sum(4 * m * m * n + (8 * length - 6) * m**3 for length in _stretches(steps))
-
-
-def _stretches(steps: int) -> list[int]:
-    """Steps between two rebuilds of R in the Gram form: the first 2, then 3 at a time.
-
-    Rounding leaves R with eigenvalues around -1e-2 where the smallest should be, and every step multiplies them
-    by a^2. Two steps are as far as 16 bits go at first; later the smallest eigenvalues are large enough for
-    three. fp32 would need no rebuild; one schedule for all dtypes keeps FLOP counts a matter of shape.
-    """
-    out = [min(2, steps)]
-    while sum(out) < steps:
-        out.append(min(3, steps - sum(out)))
-    return out
+    pairs, single = divmod(steps, 2)
+    return pairs * (4 * m * m * n + 10 * m**3) + single * (4 * m * m * n + 2 * m**3)
 
 
 @torch.no_grad()
@@ -156,10 +156,10 @@ def orthogonalize(
         form: "standard": the operations of torch.optim.Muon in its order and strides, one matrix at a time;
             with dtype bf16 and one triple for all steps bit-identical to it on CPU. "gram": the Gram form.
             "auto": whichever `choose_form` names. The latter two stack small matrices into batched matmuls
-            and, on CUDA with Triton, compute symmetric products by half; their last bits may depend on how
+            and save on symmetric products (`kernels.symmetric_products`); their last bits may depend on how
             matrices are stacked, on the device and on the tuned kernel.
-        dtype: of the matmuls and of the output. bf16 input of the norm is rounded first, as torch.optim.Muon
-            does; fp16 is cast to only after normalizing in fp32.
+        dtype: of the matmuls and of the output: bf16, fp16, fp32 or fp64. Rounding to bf16 comes before the
+            division by the norm, as in torch.optim.Muon; to fp16, with its short range, after it.
         eps: least norm to divide by. After the scaling only a zero matrix is below the default: it gives zeros.
 
     Returns:
@@ -188,7 +188,7 @@ def orthogonalize(
     for source, target in zip(*(stack.split(batch) if batch > 1 else stack for stack in stacks), strict=True):
         x = _normalized(source, dtype, eps)
         x = x if rows <= cols else x.mT
-        result = iterate(x, table, *_symmetric_products(x, form))
+        result = iterate(x, table, _products(x, form))
         target.copy_(result if rows <= cols else result.mT)
     return output
 
@@ -198,14 +198,27 @@ def orthogonalize(
 _BATCH_NUMEL = {"cpu": 2**18, "accelerator": 2**24}
 
 
+def power_of_two_scale(largest: Tensor) -> Tensor:
+    """The power of two that brings `largest` near 1; exact to multiply by, hence free of rounding.
+
+    Args:
+        largest: fp32, absolute values, any shape.
+
+    Returns:
+        fp32 of that shape: normal numbers come to lie in [1, 4), subnormal ones in [2^-23, 1); finite for zero,
+        inf and nan.
+    """
+    # The exponent bits alone are the power of two below. Zero, subnormals, inf and nan end at the bounds.
+    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32)
+    return power.clamp(2.0**-126, 2.0**126).reciprocal()
+
+
 def _normalized(matrices: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     """A copy in `dtype`, every matrix divided by its Frobenius norm."""
     dims = (-2, -1)
     # Two reductions rather than matrices.abs().amax(): no copy of the input.
     largest = torch.maximum(matrices.amax(dims, keepdim=True), matrices.amin(dims, keepdim=True).neg()).float()
-    # Keep the exponent bits alone: the power of two below. Zero, subnormals, inf and nan end at the bounds.
-    power = (largest.view(torch.int32) & 0x7F800000).view(torch.float32).clamp(2.0**-126, 2.0**126)
-    x = matrices * power.reciprocal()
+    x = matrices * power_of_two_scale(largest)
     if dtype != torch.float16:
         x = x.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
@@ -215,70 +228,60 @@ def _normalized(matrices: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
 _TINY = 1e-30  # eps=0 must not turn a zero matrix into 0/0
 
 
-def _standard(x: Tensor, table: Table, xxt: Callable[..., Tensor], polynomial: Callable[..., Tensor]) -> Tensor:
+def _standard(x: Tensor, table: Table, products: Products) -> Tensor:
     """`table` applied to the normalized `x` (..., m, n), m <= n, which is used up."""
     gram = x.new_empty(*x.shape[:-1], x.shape[-2])
     update, other = torch.empty_like(gram), x.new_empty(x.shape)
     for a, b, c in table:
-        xxt(x, out=gram)
-        polynomial(gram, b, c, out=update)
+        products.xxt(x, out=gram)
+        products.addmm(gram, gram, gram, beta=b, alpha=c, out=update)
         _addmm(x, update, x, beta=a, out=other)
-        # torch.optim.Muon's result is contiguous even where its input is a transposed view; strides can change bits.
+        # torch.optim.Muon's X is contiguous from here on even if it began as a transposed view: same strides,
+        # same bits.
         x, other = other, x if x.is_contiguous() else torch.empty_like(other)
     return x
 
 
-def _gram(x: Tensor, table: Table, xxt: Callable[..., Tensor], polynomial: Callable[..., Tensor]) -> Tensor:
-    """As `_standard`, in the Gram form: X <- Q X, where Q gathers the factors (a I + Z), Z = b R + c R^2."""
+def _gram(x: Tensor, table: Table, products: Products) -> Tensor:
+    """As `_standard`, in the Gram form.
+
+    With R = X X^T and Z = b R + c R^2, a step is X <- (a I + Z) X and hence R <- (a I + Z) R (a I + Z). Q gathers
+    the factors of X.
+    """
     r = x.new_empty(*x.shape[:-1], x.shape[-2])
     z, q, spare = (torch.empty_like(r) for _ in range(3))
     other = x.new_empty(x.shape)
-    remaining = iter(table)
-    for stretch in _stretches(len(table)):
-        xxt(x, out=r)
-        for step in range(stretch):
-            a, b, c = next(remaining)
-            polynomial(r, b, c, out=z)
-            if step == 0:
-                q.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
-            else:
-                _addmm(q, q, z, beta=a, out=spare)
-                q, spare = spare, q
-            if step + 1 < stretch:
-                _addmm(r, r, z, beta=a, out=spare)
-                _addmm(spare, z, spare, beta=a, out=r)
+    # Two steps per rebuild of R. Rounding to bf16 moves its eigenvalues by some 2^-8, below zero too, and every
+    # further step multiplies the error by a^2, 12 to 67. After one step that is harmless; after two, singular
+    # values of ill-conditioned matrices end at 1.4 instead of 1.2 (quintic) or 2.2 instead of 1.1
+    # (polar_express), and ten steps overflow.
+    for first in range(0, len(table), 2):
+        products.xxt(x, out=r)
+        a, b, c = table[first]
+        products.addmm(r, r, r, beta=b, alpha=c, out=z)
+        q.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
+        if first + 1 < len(table):
+            products.addmm(r, r, z, beta=a, out=spare)
+            products.addmm(spare, z, spare, beta=a, out=r)
+            a, b, c = table[first + 1]
+            products.addmm(r, r, r, beta=b, alpha=c, out=z)
+            products.addmm(q, q, z, beta=a, out=spare)
+            q, spare = spare, q
         _mm(q, x, out=other)
         x, other = other, x
     return x
 
 
-def _symmetric_products(x: Tensor, form: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
-    """(X -> X X^T, (A, b, c) -> b A + c A A) for `x`: Triton's on a GPU where large enough, else torch's."""
-    # Tuning picks a kernel by the clock, which may change last bits from run to run.
-    fixed = form == "standard" or torch.are_deterministic_algorithms_enabled()
-    if x.is_cuda and not fixed and x.dtype != torch.float64 and x.shape[-2] >= _KERNEL_MIN_ROWS:
-        from distributed_muon import kernels
-
-        if kernels.available():
-            return kernels.xxt, kernels.symmetric_polynomial
-    return _xxt, _polynomial
-
-
-_KERNEL_MIN_ROWS = 512  # fewer rows are a handful of tiles, of which the half saved is lost in the noise
+def _products(x: Tensor, form: str) -> Products:
+    """The symmetric products to use: full matmuls in torch.optim.Muon's order for "standard", else the fastest."""
+    fast = None if form == "standard" else symmetric_products(x)
+    return fast or Products(lambda x, out: _mm(x, x.mT, out), _addmm)
 
 
 def _mm(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     return torch.mm(x, y, out=out) if x.ndim == 2 else torch.bmm(x, y, out=out)
 
 
-def _addmm(start: Tensor, x: Tensor, y: Tensor, *, beta: float, out: Tensor, alpha: float = 1.0) -> Tensor:
+def _addmm(start: Tensor, x: Tensor, y: Tensor, *, beta: float, alpha: float = 1.0, out: Tensor) -> Tensor:
     add = torch.addmm if x.ndim == 2 else torch.baddbmm
     return add(start, x, y, beta=beta, alpha=alpha, out=out)
-
-
-def _xxt(x: Tensor, out: Tensor) -> Tensor:
-    return _mm(x, x.mT, out)
-
-
-def _polynomial(a: Tensor, b: float, c: float, out: Tensor) -> Tensor:
-    return _addmm(a, a, a, beta=b, alpha=c, out=out)

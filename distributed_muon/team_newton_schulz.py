@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from distributed_muon.collectives import Collectives
+from distributed_muon.newton_schulz import power_of_two_scale
 
 
 def orthogonalize_block(
@@ -39,8 +40,7 @@ def orthogonalize_block(
     x = (block.mT if tall else block).float()
     biggest = x.abs().amax() if x.numel() else x.new_zeros(())
     biggest = team.all_reduce(biggest.reshape(1), maximum=True)
-    # The power of two below abs-max: exact, so that any scale of fp32 gives the same result.
-    x = torch.ldexp(x, -torch.frexp(biggest).exponent)
+    x = x * power_of_two_scale(biggest)
     norm = team.all_reduce(x.square().sum().reshape(1)).sqrt().clamp(min=eps)
     x = (x / norm).to(dtype)
     short = x.shape[0]

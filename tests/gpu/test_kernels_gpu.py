@@ -1,0 +1,69 @@
+"""Triton kernels and orthogonalize() on a CUDA device against the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from distributed_muon import kernels
+from distributed_muon.newton_schulz import orthogonalize
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).cuda()
+
+
+@pytest.fixture
+def symmetric():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from distributed_muon.kernels import symmetric
+
+    return symmetric
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (65, 130), (512, 1000), (1000, 512), (3, 200, 77), (1408, 2048)], ids=str)
+def test_xxt(symmetric, shape, dtype):
+    x = (randn(*shape) / shape[-1] ** 0.5).to(dtype)
+    expected = symmetric.xxt_reference(x)
+    torch.testing.assert_close(symmetric.xxt(x), expected, rtol=2e-2, atol=1e-3)
+    wide = (randn(*shape[:-1], 2 * shape[-1]) / shape[-1] ** 0.5).to(dtype)[..., ::2]
+    torch.testing.assert_close(symmetric.xxt(wide), symmetric.xxt_reference(wide), rtol=2e-2, atol=1e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1), (65, 65), (1000, 1000), (3, 200, 200)], ids=str)
+def test_symmetric_polynomial(symmetric, shape, dtype):
+    a = symmetric.xxt_reference((randn(*shape) / (2 * shape[-1] ** 0.5)).to(dtype))
+    expected = symmetric.symmetric_polynomial_reference(a, -4.775, 2.0315)
+    torch.testing.assert_close(symmetric.symmetric_polynomial(a, -4.775, 2.0315), expected, rtol=2e-2, atol=4e-3)
+
+
+@pytest.mark.parametrize("form", ["standard", "gram", "auto"])
+@pytest.mark.parametrize("shape", [(512, 512), (600, 2000), (2000, 600), (3, 700, 1500), (20, 128, 128)], ids=str)
+def test_orthogonalize_agrees_with_the_cpu(shape, form):
+    matrices = randn(*shape)
+    # fp32 on the CPU: the exact polynomial, as far as bf16 is concerned.
+    expected = orthogonalize(matrices.cpu(), form="standard", dtype=torch.float32)
+    output = orthogonalize(matrices, form=form)
+    assert output.is_cuda and output.dtype == torch.bfloat16 and output.is_contiguous()
+    cosine = torch.nn.functional.cosine_similarity(output.cpu().float().flatten(), expected.flatten(), dim=0)
+    assert cosine > 0.998
+    assert torch.linalg.matrix_norm(output.float(), ord=2).max() < 1.25
+
+
+def test_triton_is_used_where_it_pays(symmetric):
+    large = torch.empty(1024, 1024, dtype=torch.bfloat16, device="cuda")
+    assert kernels.symmetric_products(large) == (symmetric.xxt, symmetric.symmetric_addmm)
+    assert kernels.symmetric_products(large[:64]) is None
+    assert kernels.symmetric_products(large.float()) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert kernels.symmetric_products(large) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
