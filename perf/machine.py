@@ -39,6 +39,10 @@ def describe_machine(command: str | None = None) -> dict[str, Any]:
         "threads_per_rank": torch.get_num_threads(),
         "versions": versions,
         "date": time.strftime("%Y-%m-%d"),
-        "command": command
-        or " ".join(["python -m", sys.argv[0].rsplit("/", 1)[-1].removesuffix(".py"), *sys.argv[1:]]),
+        "command": command or " ".join(["python -m", _module(), *sys.argv[1:]]),
     }
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec is not None else sys.argv[0]
