@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 
 from launch.data import TokenData, load_data
 from launch.models import MODELS, CausalLM, add_size_flags, build_model, cast_parameters, sizes_from_flags
@@ -41,7 +45,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Length of the run, its directory, and how often it does what."""
     run = parser.add_argument_group("run")
     run.add_argument("--run-dir", type=Path, help="metrics, plot and checkpoints; without it, below runs/")
-    run.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in --run-dir")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        choices=("always", "auto"),
+        help="continue from the newest checkpoint in --run-dir; auto: start anew where there is none",
+    )
     run.add_argument("--steps", type=int, default=240, help="optimizer steps")
     run.add_argument("--batch-size", type=int, default=16, help="samples per rank and microbatch")
     run.add_argument("--accumulation", type=int, default=1, help="microbatches per step")
@@ -65,14 +75,47 @@ def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
     schedule.add_argument("--expert-bias-rate", type=float, default=1e-2, help="step of the router biases")
 
 
-def parse(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
-    """Parse, and refuse counts that no run can have."""
-    args = parser.parse_args(arguments)
+def parse(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
+    """Parse --config FILE, then --set, then the other flags, later ones winning; refuse counts that no run can have.
+
+    Args:
+        parser: gets the flags --config and --set here. words: the command line; sys.argv's if None.
+    """
+    shared = parser.add_argument_group("config", "one YAML file serves every trainer")
+    shared.add_argument("--config", type=Path, metavar="FILE", help="YAML with flags by name")
+    shared.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of --config")
+    words = sys.argv[1:] if words is None else list(words)
+    early = parser.parse_known_args(words)[0]
+    try:
+        settings = {} if early.config is None else yaml.safe_load(early.config.read_text(encoding="utf-8")) or {}
+        for item in early.set:
+            key, equals, value = item.partition("=")
+            if not equals:
+                raise ValueError(f"--set {item}: write KEY=VALUE")
+            settings[key] = yaml.safe_load(value)
+        words = [*_flags(parser, settings), *words]
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        parser.error(f"--config {early.config}: {error}")
+    args = parser.parse_args(words)
     counts = ("steps", "batch_size", "accumulation", "sequence_length", "validation_samples")
     for name in (*counts, "checkpoint_interval", "keep_checkpoints", "validation_interval", "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     return args
+
+
+def _flags(parser: argparse.ArgumentParser, settings: Mapping[str, Any]) -> Iterator[str]:
+    """A mapping of flag names to values as command-line words."""
+    known = {name for action in parser._actions for name in action.option_strings}
+    for key, value in settings.items():
+        flag, negative = (f"--{prefix}{key.replace('_', '-')}" for prefix in ("", "no-"))
+        if flag not in known:
+            raise ValueError(f"{key!r} is no flag of this trainer: see --help")
+        if value is None or (value is False and negative not in known):
+            continue
+        yield negative if value is False else flag
+        if not isinstance(value, bool):
+            yield from map(str, value) if isinstance(value, list) else (str(value),)
 
 
 def make_data(args: argparse.Namespace) -> TokenData:

@@ -90,16 +90,13 @@ class Trainer:
         self.args, self.world = args, world
         self.stop = StopRequest()
         self.run = RunDirectory(args.run_dir, world, args.keep_checkpoints)
-        if self.run.checkpoints() and not args.resume:
-            raise ValueError(
-                f"--run-dir {args.run_dir} holds checkpoints of an earlier run: add --resume, or name another"
-            )
+        begin = self.run.start(args.resume)
         self.data = arguments.make_data(args)
         self.model = arguments.make_model(args, self.data.vocab_size, world.device)
         self.optimizer = make_optimizer(args, self.model)
         self.done = 0
-        if args.resume:
-            extra = checkpoint.load(self.run.latest(), self.model, self.optimizer)
+        if begin is not None:
+            extra = checkpoint.load(begin, self.model, self.optimizer)
             self.done = extra["step"]
             if world.main and extra["samples_per_step"] != self._samples_per_step:
                 print(

@@ -101,9 +101,9 @@ class Trainer:
         self.done = 0
         if args.resume:
             path, client = self.engine.load_checkpoint(self._checkpoints)
-            if path is None:
+            if path is None and args.resume == "always":
                 raise ValueError(f"--resume: no checkpoint in {self._checkpoints}: start without --resume")
-            self.done = client["step"]
+            self.done = client["step"] if path is not None else 0
         elif self.run.checkpoints():
             raise ValueError(f"--run-dir {args.run_dir} holds checkpoints: add --resume, or name another")
         self.seconds = self.optimizer_seconds = 0.0  # of this process, since it started

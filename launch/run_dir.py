@@ -28,6 +28,21 @@ class RunDirectory:
         found = (self.path / "checkpoints").glob("step-*[0-9]")
         return sorted((int(path.name.removeprefix("step-")), path) for path in found)
 
+    def start(self, resume: str | None) -> Path | None:
+        """The checkpoint to start from, or None to start anew.
+
+        Args:
+            resume: "always", "auto" (where there is a checkpoint), or None.
+
+        Raises:
+            ValueError: there is none to resume from, or the directory holds another run's.
+        """
+        if self.checkpoints() and resume is None:
+            raise ValueError(
+                f"--run-dir {self.path} holds checkpoints of an earlier run: add --resume, or name another"
+            )
+        return self.latest() if resume == "always" or (resume == "auto" and self.checkpoints()) else None
+
     def latest(self) -> Path:
         """The newest complete checkpoint.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from launch.metrics import MetricsWriter, Progress, plot_losses, read_metrics
+from launch.pretrain import parse_arguments
 from launch.run_dir import RunDirectory
 from launch.schedule import cosine_schedule, warmup_cosine
 from launch.world import World
@@ -90,3 +91,25 @@ def test_run_directory_shows_complete_checkpoints_only_and_keeps_the_newest(tmp_
     (tmp_path / "checkpoints" / "step-00000200.unfinished").mkdir()  # of a killed job
     assert run.checkpoints() == [(10, tmp_path / "checkpoints/step-00000010"), (100, run.latest())]
     assert run.latest().name == "step-00000100"
+
+
+def test_a_config_file_gives_flags_that_set_and_the_command_line_override(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text("model: dense\nsteps: 7\nlr: 0.5\ntie_word_embeddings: false\noverlap_param_gather: true\n")
+    words = ["--config", str(config), "--set", "lr=0.25", "--set", "warmup=3", "--steps", "9"]
+    args = parse_arguments(words)
+    assert (args.model, args.steps, args.lr, args.warmup) == ("dense", 9, 0.25, 3)
+    assert args.overlap_param_gather is True and args.tie_word_embeddings is False
+    config.write_text("learning_rate: 1\n")
+    with pytest.raises(SystemExit):
+        parse_arguments(words)
+    assert "'learning_rate' is no flag of this trainer" in capsys.readouterr().err
+
+
+def test_resume_auto_starts_anew_where_there_is_no_checkpoint(tmp_path):
+    run = RunDirectory(tmp_path, World(0, 1, torch.device("cpu")), 2)
+    assert run.start("auto") is None and run.start(None) is None
+    (tmp_path / "checkpoints" / "step-00000003").mkdir(parents=True)
+    assert run.start("auto") == run.start("always") == tmp_path / "checkpoints" / "step-00000003"
+    with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
+        run.start(None)
