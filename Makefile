@@ -1,21 +1,38 @@
-# Needs python3 >= 3.10 with venv, and nothing else; `make train` is the main job.
+# Needs python3 >= 3.10 with venv (and g++ for DeepSpeed's tests); `make train` is the main job.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-STAMP = $(VENV)/.installed
+PIP = -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Megatron-core 0.19 needs an environment of its own: its wheels for 3.11 declare a newer Python.
+MEGATRON_VENV ?= .venv-megatron-0.19
+MEGATRON_TESTS = tests/integrations/test_megatron*.py
 RANKS ?= 2
 # Extra flags for the trainer: make train ARGS="--optimizer adamw"
 ARGS ?=
 
-.PHONY: setup train test test-gpu lint
+.PHONY: setup setup-integrations train test test-gpu lint
 
-setup: $(STAMP)
+setup: $(VENV)/.installed
 
 # The build tools come first, so that the editable install needs no isolated environment of its own.
-$(STAMP): setup.py pyproject.toml constraints.txt
+$(VENV)/.installed: setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt setuptools wheel torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[test]'
+	$(BIN)/python $(PIP) setuptools wheel torch
+	$(BIN)/python $(PIP) --no-build-isolation -e '.[test]'
+	touch $@
+
+setup-integrations: $(VENV)/.integrations $(MEGATRON_VENV)/.installed
+
+$(VENV)/.integrations: $(VENV)/.installed
+	DS_BUILD_OPS=0 $(BIN)/python $(PIP) --no-build-isolation deepspeed megatron-core psutil
+	touch $@
+
+$(MEGATRON_VENV)/.installed: setup.py pyproject.toml constraints.txt
+	test -x $(MEGATRON_VENV)/bin/python || $(PYTHON) -m venv $(MEGATRON_VENV)
+	$(MEGATRON_VENV)/bin/python $(PIP) setuptools wheel torch psutil absl-py
+	$(MEGATRON_VENV)/bin/python $(PIP) --no-build-isolation -e '.[test]'
+	$(MEGATRON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
+	    megatron-core==0.19.2 emerging-optimizers==0.3.0
 	touch $@
 
 # One thread per rank: two ranks share a small machine best that way. The MALLOC variables tell glibc to keep
@@ -25,8 +42,9 @@ train: setup
 	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m launch.pretrain \
 	    --run-dir runs/train-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: lint
-	$(BIN)/python -m pytest
+test: lint setup-integrations
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
