@@ -27,12 +27,8 @@ $(VENV)/.integrations: $(VENV)/.installed
 	DS_BUILD_OPS=0 $(BIN)/python $(PIP) --no-build-isolation deepspeed megatron-core psutil
 	touch $@
 
-$(MEGATRON_VENV)/.installed: setup.py pyproject.toml constraints.txt
-	test -x $(MEGATRON_VENV)/bin/python || $(PYTHON) -m venv $(MEGATRON_VENV)
-	$(MEGATRON_VENV)/bin/python $(PIP) setuptools wheel torch psutil absl-py
-	$(MEGATRON_VENV)/bin/python $(PIP) --no-build-isolation -e '.[test]'
-	$(MEGATRON_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python \
-	    megatron-core==0.19.2 emerging-optimizers==0.3.0
+$(MEGATRON_VENV)/.installed: tests/integrations/setup_megatron_019.sh constraints.txt
+	tests/integrations/setup_megatron_019.sh $(MEGATRON_VENV) $(PYTHON)
 	touch $@
 
 # One thread per rank: two ranks share a small machine best that way. The MALLOC variables tell glibc to keep

@@ -61,7 +61,13 @@ run() {
         --rdzv_backend c10d --rdzv_endpoint "$HEAD_ADDRESS:$PORT" --rdzv_id "$id" \
         --rdzv_conf "is_host=$IS_HOST" --max_restarts "$restarts" "$@"
 }
-case "$NNODES" in *:*) PREFLIGHT=0 ;; esac
+case "$NNODES" in
+*:*)
+    PREFLIGHT=0
+    # With a shared store torchrun (2.13) does not tell a node that joins later where the store is: it waits in vain.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    ;;
+esac
 if [ "$PREFLIGHT" = 1 ] && [ "$NNODES" != 1 ]; then
     run "$JOB_ID-preflight" 0 -m launch.preflight || { echo "preflight found a problem: see its table above" >&2; exit 1; }
 fi

@@ -37,7 +37,9 @@ def start(
 
 def losses(run: Path) -> dict[int, float]:
     """Training loss by step, the last written for each."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
     return {row["step"]: row["loss"] for row in rows if "loss" in row}
 
 
@@ -67,3 +69,27 @@ def test_two_hosts_train_one_dies_the_other_goes_on(tmp_path: Path, megabits: in
         assert alone.wait(timeout=90) == 0, (tmp_path / "alone").read_text()
         assert json.loads((tmp_path / "alone").read_text().strip().splitlines()[-1])["world_size"] == 1
         assert set(range(1, last + 6)) <= losses(broken).keys()
+
+
+def test_an_elastic_job_grows_and_shrinks(tmp_path: Path) -> None:
+    run, words = tmp_path / "run", [*SMALL, "--steps", "100000", "--resume", "auto", "--run-dir", str(tmp_path / "run")]
+
+    def wait_for(world: int, first: bool = False) -> None:
+        """Until a step newer than now was taken by `world` ranks, as the settings of the last start say."""
+        settings = run / "settings.json"
+        deadline, before = time.monotonic() + 120, max(losses(run), default=0) if not first else 0
+        while True:
+            now = json.loads(settings.read_text())["world_size"] if settings.exists() else 0
+            if now == world and max(losses(run), default=0) > before + 10:
+                return
+            assert time.monotonic() < deadline, (tmp_path / "log-0").read_text()[-3000:]
+            time.sleep(0.5)
+
+    with make_hosts(2) as hosts:
+        first = start(hosts[0], tmp_path / "log-0", "1:2", hosts[0], 29531, words, restarts=5)
+        wait_for(1, first=True)
+        start(hosts[1], tmp_path / "log-1", "1:2", hosts[0], 29531, words, restarts=5)
+        wait_for(2)
+        hosts[1].kill()
+        wait_for(1)
+        assert first.poll() is None
