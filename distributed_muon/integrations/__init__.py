@@ -1,0 +1,1 @@
+"""Layout adapters for training frameworks."""

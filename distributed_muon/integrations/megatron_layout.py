@@ -1,0 +1,188 @@
+"""Megatron's DDP buffers read as a layout over a rank domain, and (0.19) a buffer layout that few matrices straddle.
+
+Every bucket of a buffer is cut into equal shards over its data-parallel group. The domain of a buffer is that
+group times the tensor-parallel one: its ranks together hold one copy of the matrices of a pipeline stage.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from distributed_muon.collectives import Collectives
+from distributed_muon.integrations.megatron_params import MarkedParameter
+from distributed_muon.layout import Bucket, Layout, Shard, cut_buckets, make_buckets
+
+_START = 64  # elements; Megatron aligns parameter starts to it
+_PADDING = 1.02  # of a bucket, that whole parameters on ranks are worth
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The ranks that hold one copy of some parameters.
+
+    Args:
+        group: of all its ranks, in the order of `coordinates`.
+        data_parallel: the group that cuts the buckets.
+        coordinates: per domain rank, its (data-parallel rank, tensor-parallel rank).
+    """
+
+    group: dist.ProcessGroup
+    data_parallel: dist.ProcessGroup
+    coordinates: tuple[tuple[int, int], ...]
+
+
+def make_domain(buffers: Sequence[Any], tensor_parallel: dist.ProcessGroup) -> Domain | None:
+    """The domain of this rank's buffers of one kind; collective over the world.
+
+    Args:
+        buffers: dense or expert DDP buffers of all model chunks; may be empty on some ranks.
+        tensor_parallel: the group that cut their parameters.
+
+    Returns:
+        None where this rank has no such buffer.
+    """
+    data_parallel = buffers[0].data_parallel_group if buffers else None
+    mine = None
+    if data_parallel is not None:
+        mine = (dist.get_process_group_ranks(data_parallel), dist.get_process_group_ranks(tensor_parallel))
+    everyone: list[Any] = Collectives(None).gather_objects(mine)
+    domains = {}
+    for view in everyone:
+        if view is not None:
+            domains[tuple(sorted({rank for peer in view[1] for rank in everyone[peer][0]}))] = None
+    for ranks in sorted(domains):
+        shared = all(everyone[rank][0] == list(ranks) for rank in ranks)
+        # The data-parallel group itself where nothing is cut by TP: no second communicator.
+        domains[ranks] = data_parallel if shared and dist.get_rank() in ranks else None
+        if not shared:
+            domains[ranks] = dist.new_group(list(ranks))
+    if mine is None:
+        return None
+    ranks = next(ranks for ranks in domains if dist.get_rank() in ranks)
+    order = dist.get_process_group_ranks(domains[ranks])
+    coordinates = tuple((everyone[rank][0].index(rank), everyone[rank][1].index(rank)) for rank in order)
+    return Domain(domains[ranks], data_parallel, coordinates)
+
+
+def read_buffers(
+    buffers: Sequence[Any], members: Sequence[MarkedParameter], domain: Domain
+) -> tuple[Layout, list[list[Shard]]]:
+    """The layout that the buckets' shards make over the domain.
+
+    Args:
+        buffers: DDP buffers. members: their parameters, in registration order.
+
+    Returns:
+        The layout, and the shards by data-parallel rank.
+
+    Raises:
+        ValueError: a tied embedding shares its bucket, so that its copies would be cut differently.
+    """
+    number = {member.param: tensor for tensor, member in enumerate(members)}
+    buckets = []
+    for buffer in buffers:
+        for bucket in buffer.buckets:
+            placed = sorted(
+                (buffer.param_index_map[param][0] - bucket.offset, number[param]) for param in bucket.params_list
+            )
+            offsets, tensors = zip(*placed, strict=True)
+            buckets.append(Bucket(tensors, offsets, bucket.grad_data.numel()))
+            tied = [members[t].name for t in tensors if getattr(members[t].param, "shared_embedding", False)]
+            if tied and len(tensors) > 1:
+                raise ValueError(f"parameter {tied[0]!r} is tied over pipeline stages but not alone in its bucket")
+    specs = [member.spec for member in members]
+    shards = cut_buckets(buckets, [spec.numel for spec in specs], dist.get_world_size(domain.data_parallel))
+    held = [shards[data] for data, _ in domain.coordinates]
+    return Layout.build(specs, held, [tensor for _, tensor in domain.coordinates]), shards
+
+
+def shard_aligned_param_layout(
+    module: nn.Module,
+    ddp_config: Any,
+    data_parallel_size: int,
+    expert_data_parallel_size: int | None = None,
+    bucket_size: int | None = None,
+) -> Any:
+    """A `full_param_layout` for DDP whose buckets are ordered so that few parameters straddle a shard (0.19 on).
+
+    Embeddings and the output layer get a bucket each, so that every rank holds as much of their larger AdamW state.
+
+    Args:
+        module: the model chunk, before DDP wraps it.
+        ddp_config: that DDP will get.
+        data_parallel_size: of the group that cuts dense buckets (with context parallelism).
+        expert_data_parallel_size: likewise for experts; None is `data_parallel_size`.
+        bucket_size: elements after which a bucket is closed; None for one bucket. Buckets grow to
+            data_parallel_size x their largest parameter, for none could lie on one rank otherwise.
+
+    Returns:
+        megatron.core's FullParamLayout.
+    """
+    from megatron.core.distributed.param_and_grad_buffer import group_params_for_buffers
+    from megatron.core.optimizer.param_layout import FullParamLayout, PerBufferParamLayout
+
+    params = [param for param in module.parameters() if param.requires_grad]
+    layouts = {}
+    for key, (members, indices) in group_params_for_buffers(params, ddp_config.grad_reduce_in_fp32).items():
+        ranks = data_parallel_size
+        if key.is_expert_parallel and expert_data_parallel_size is not None:
+            ranks = expert_data_parallel_size
+        layout = PerBufferParamLayout(param_indices=indices, num_optimizer_shards=ranks)
+        begin = 0
+        for number, bucket in enumerate(_in_backward_order(members, ranks, bucket_size)):
+            numels = [math.ceil(param.numel() / _START) * _START for param in bucket]
+            offsets, end = _pack(numels, ranks, ddp_config.pad_buckets_for_high_nccl_busbw)
+            for param, offset in zip(bucket, offsets, strict=True):
+                start = begin + offset
+                layout.param_index_map[param] = (start, start + param.numel(), number)
+            layout.bucket_indices.append((begin, begin + end))
+            layout.per_bucket_numel_unpadded.append(sum(param.numel() for param in bucket))
+            begin += end
+        layouts[key] = layout
+    return FullParamLayout(layouts=layouts)
+
+
+def _pack(numels: Sequence[int], ranks: int, high_bandwidth: bool) -> tuple[list[int], int]:
+    """Offsets of parameters in a bucket, and the bucket's end.
+
+    Whole parameters, the largest first, each to the emptiest shard: equal layers then give every rank one of each
+    kind, and with it an equal share of Newton-Schulz. Where that would pad too much, shards are filled one by one
+    and a parameter straddles wherever none fits.
+    """
+    from megatron.core.optimizer.param_layout import pad_bucket_end
+
+    filled, places = [0] * ranks, [(0, 0)] * len(numels)
+    for index in sorted(range(len(numels)), key=lambda index: (-numels[index], index)):
+        rank = filled.index(min(filled))
+        places[index] = (rank, filled[rank])
+        filled[rank] += numels[index]
+    # The end must divide by the ranks and by what NCCL likes.
+    end = pad_bucket_end(max(filled) * ranks, ranks * _START, high_bandwidth)
+    least = pad_bucket_end(sum(numels), ranks * _START, high_bandwidth)
+    if end <= least * _PADDING:
+        return [rank * (end // ranks) + at for rank, at in places], end
+    # A filler of the padding's size keeps the cuts where the shards were packed.
+    (bucket,) = make_buckets([*numels, least - sum(numels)], ranks, bucket_numel=None, aligned=True)
+    offsets = dict(zip(bucket.tensors, bucket.offsets, strict=True))
+    return [offsets[index] for index in range(len(numels))], least
+
+
+def _in_backward_order(params: Sequence[nn.Parameter], ranks: int, bucket_size: int | None) -> list[list[nn.Parameter]]:
+    """Buckets of parameters in reverse registration order; embeddings and output layers alone."""
+    buckets: list[list[nn.Parameter]] = [[]]
+    for param in reversed(params):
+        alone = getattr(param, "is_embedding_or_output_parameter", False) or getattr(param, "shared_embedding", False)
+        numels = [p.numel() for p in buckets[-1]]
+        full = bucket_size is not None and sum(numels) >= max(bucket_size, ranks * max(numels, default=0))
+        if numels and (alone or full):
+            buckets.append([])
+        buckets[-1].append(param)
+        if alone:
+            buckets.append([])
+    return [bucket for bucket in buckets if bucket]
