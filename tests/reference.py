@@ -12,7 +12,9 @@ MUON_SHAPES = ((7, 5), (33, 17), (64, 48), (3, 40), (40, 3), (1, 9), (18, 18), (
 ADAMW_SHAPES = ((3,), (17, 5), (1,), (64,))
 
 
-def make_params(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> list[nn.Parameter]:
+def make_params(
+    shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> list[nn.Parameter]:
     """Equal parameters on every rank."""
     generator = torch.Generator().manual_seed(seed)
     return [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]

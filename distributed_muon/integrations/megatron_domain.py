@@ -128,6 +128,9 @@ class DomainStep:
 
     def _allocate(self, data_rank: int, tensor_rank: int, algorithms: Sequence[str]) -> list[MasterShard]:
         """Masters and zero moments of this rank's shards, each kind in one allocation."""
+        for member in self.members:
+            if member.param.dtype != torch.float32:  # what Megatron's parameter norm reads
+                member.param.main_param, member.param.main_param_sharded = None, True
         owned = self.cut[data_rank]
         kinds = ["master" * (self.members[s.tensor].param.dtype != torch.float32) for s in owned]
         wanted = [(*MOMENTS[algorithms[s.tensor]], *filter(None, [kind])) for s, kind in zip(owned, kinds, strict=True)]
@@ -202,4 +205,4 @@ def _mark(master: Tensor, member: MarkedParameter, *, counted: bool) -> None:
         if hasattr(param, name):
             setattr(master, name, getattr(param, name))
     if param.dtype != torch.float32:
-        param.main_param, param.main_param_sharded = master, True
+        param.main_param = master

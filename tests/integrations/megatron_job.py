@@ -69,14 +69,13 @@ class Job:
 
         self.case, self.ps = case, ps
         ps.destroy_model_parallel()
-        virtual = {"virtual_pipeline_model_parallel_size": case.vpp} if case.vpp else {}
         ps.initialize_model_parallel(
             case.tp,
             case.pp,
             context_parallel_size=case.cp,
             expert_model_parallel_size=case.ep,
             expert_tensor_parallel_size=case.etp,
-            **virtual,
+            virtual_pipeline_model_parallel_size=case.vpp,
         )
         model_parallel_cuda_manual_seed(123)
         self.config = _model_config(case)

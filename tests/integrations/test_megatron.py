@@ -55,6 +55,7 @@ ALIGNED = {
 }
 
 
+OVERFLOWS = {"overflow": 8.0, "fp16 overflow": 4.0}  # the loss scale afterwards: constant, and halved
 # option: what is set where; each is refused by its name
 REFUSED: dict[str, list[tuple[str, str, Any]]] = {
     "optimizer='muon'": [("config", "optimizer", "muon")],
@@ -104,6 +105,8 @@ def run_two(rank: int, world: int) -> dict[str, Any]:
     results["bf16 CP2"] = step_on_gradients(BF16.but(cp=2))
     results["bf16 EP2"] = step_on_gradients(BF16.but(ep=2))
     results["overflow"] = overflow(DENSE.but(dtype=torch.bfloat16, config={"loss_scale": 8.0}))
+    scaled = {"initial_loss_scale": 8.0, "hysteresis": 1}
+    results["fp16 overflow"] = overflow(DENSE.but(dtype=torch.float16, config=scaled))
     results["padding"] = padding_is_never_read(DENSE)
     results["disagreement"] = disagreement(rank)
     results["outside writes"] = outside_writes()
@@ -318,9 +321,9 @@ def overflow(case: Case) -> dict[str, Any]:
     after = {key: job.masters(key) for key in before}
     same = all(torch.equal(before[key][name], after[key][name]) for key in before for name in before[key])
     job.set_gradients(0)
-    expected = torch.cat([p.main_grad.reshape(-1) for _, p in job.named_parameters()]).norm() / 8
+    scale = job.optimizer.get_loss_scale().item()
+    expected = torch.cat([p.main_grad.reshape(-1) for _, p in job.named_parameters()]).norm() / scale
     ok, norm, _ = job.optimizer.step()
-    scale = float(job.optimizer.get_loss_scale())
     return {"said": said, "same": same, "ok": ok, "norm": norm, "expected": float(expected), "scale": scale}
 
 
@@ -339,13 +342,16 @@ def padding_is_never_read(case: Case) -> bool:
     return ok and norm < 1e6 and all(bool(value.isfinite().all()) for value in job.weights().values())
 
 
-def disagreement(rank: int) -> str:
-    """Ranks with different options must all fail at construction; the error of this rank."""
-    try:
-        Job(DENSE.but(optimizer={"momentum": 0.95 if rank == 0 else 0.9}))
-    except RuntimeError as error:
-        return str(error)
-    return "accepted"
+def disagreement(rank: int) -> list[str]:
+    """Ranks with other options or parameters must all fail at construction; the errors of this rank."""
+    said = []
+    for options in ({"momentum": 0.9}, {"overrides": {"*linear_proj.weight": "adamw"}}):
+        try:
+            Job(DENSE.but(optimizer=options if rank else {}))
+            said.append("accepted")
+        except RuntimeError as error:
+            said.append(str(error))
+    return said
 
 
 def refusal(option: str) -> str:
@@ -493,11 +499,10 @@ def test_steps_on_given_gradients_equal_one_rank(
 
 
 def test_overflow_on_one_rank_skips_everywhere(two: list[dict[str, Any]]) -> None:
-    for results in two:
-        seen = results["overflow"]
+    for seen, scale in [(results[name], scale) for results in two for name, scale in OVERFLOWS.items()]:
         assert seen["said"] == (False, None, None)
         assert seen["same"]
-        assert seen["ok"] and seen["scale"] == 8.0
+        assert seen["ok"] and seen["scale"] == scale
         assert seen["norm"] == pytest.approx(seen["expected"], rel=1e-5)
 
 
@@ -507,7 +512,9 @@ def test_padding_is_never_read(two: list[dict[str, Any]]) -> None:
 
 def test_ranks_that_disagree_fail_at_construction(two: list[dict[str, Any]]) -> None:
     for results in two:
-        assert "ranks disagree" in results["disagreement"] and "momentum" in results["disagreement"]
+        options, parameters = results["disagreement"]
+        assert "ranks disagree" in options and "momentum" in options
+        assert "ranks disagree" in parameters and "linear_proj.weight" in parameters
 
 
 def test_options_that_cannot_be_honoured_are_refused(two: list[dict[str, Any]]) -> None:
