@@ -84,3 +84,10 @@ H100_INFINIBAND = Hardware("H100, NVLink 4, 400 Gb/s InfiniBand", 600e12, 50e9, 
 H100_ETHERNET = Hardware("H100, NVLink 4, 100 Gb/s Ethernet", 600e12, 12.5e9, 60e-6, 8, 360e9)
 # 220 of 312 dense bf16 TFLOP/s; one 200 Gb/s port per GPU; 80 % of NVLink 3's 300 GB/s each way.
 A100_INFINIBAND = Hardware("A100, NVLink 3, 200 Gb/s InfiniBand", 220e12, 25e9, 30e-6, 8, 240e9)
+# One core of a server CPU per rank, gloo over loopback: what `perf.newton_schulz` and `perf.links` measure.
+CPU_GLOO = Hardware("CPU core, gloo over loopback", 0.4e12, 2e9, 200e-6, 1 << 30, 2e9)
+
+
+def hardware_of(device_type: str) -> Hardware:
+    """The rates that plans for a device are decided with: "cpu", or anything else for GPUs."""
+    return CPU_GLOO if device_type == "cpu" else H100_INFINIBAND

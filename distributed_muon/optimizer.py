@@ -13,6 +13,7 @@ from torch import nn
 from distributed_muon.agreement import Agreement, check_same_everywhere
 from distributed_muon.buckets import FlatBucket, GradientReducer, ParameterGatherer
 from distributed_muon.collectives import Collectives
+from distributed_muon.cost_model import hardware_of
 from distributed_muon.diagnostics import PhaseTimer, merge_measured
 from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets, make_buckets
 from distributed_muon.matrices import TensorSpec
@@ -129,7 +130,8 @@ class DistributedMuon(torch.optim.Optimizer):
         shards = cut_buckets(buckets, [spec.numel for spec in specs], dp)
         newton_schulz = NewtonSchulz(ns_steps, ns_form, ns_dtype.itemsize)
         # Sharing a matrix changes the order of sums, which "standard" promises not to.
-        self.plan: Plan = make_plan(Layout.build(specs, shards), strategy, newton_schulz, teams=ns_form == "auto")
+        planning = {"teams": ns_form == "auto", "hardware": hardware_of(self._device.type)}
+        self.plan: Plan = make_plan(Layout.build(specs, shards), strategy, newton_schulz, **planning)
 
         reduces = gradient_reduction == "reduce_scatter"
         with torch.no_grad():

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from distributed_muon.agreement import check_same_everywhere
 from distributed_muon.collectives import Collectives
+from distributed_muon.cost_model import hardware_of
 from distributed_muon.diagnostics import PhaseTimer, merge_measured
 from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
@@ -201,9 +202,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         for index, (group, part) in enumerate(zip(self._groups, partitions, strict=True)):
             if group["algorithm"] == "muon":
                 newton_schulz = NewtonSchulz(group["ns_steps"], ns_form, ns_dtype.itemsize)
-                plan = make_plan(
-                    Layout.build(part.specs, part.shards), strategy, newton_schulz, teams=ns_form == "auto"
-                )
+                planning = {"teams": ns_form == "auto", "hardware": hardware_of(device.type)}
+                plan = make_plan(Layout.build(part.specs, part.shards), strategy, newton_schulz, **planning)
                 options = {"device": device, "ns_dtype": ns_dtype, "ns_form": ns_form, "timer": self._timer}
                 out[index] = ShardedMuon(plan, part.collectives, [], [], **options)
         return out

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from distributed_muon.agreement import check_same_everywhere
 from distributed_muon.collectives import Collectives
+from distributed_muon.cost_model import hardware_of
 from distributed_muon.diagnostics import PhaseTimer
 from distributed_muon.integrations.megatron_layout import Domain, read_buffers
 from distributed_muon.integrations.megatron_params import MarkedParameter
@@ -108,6 +109,7 @@ class DomainStep:
             strategy,
             NewtonSchulz(steps, ns_form, ns_dtype.itemsize),
             teams=ns_form == "auto",
+            hardware=hardware_of(self.device.type),
             busy=[busy.get(rank, 0) for rank in ranks],
         )
         self.ns_flops = dict(zip(ranks, self.plan.ns_flops_by_rank, strict=True))
