@@ -136,12 +136,15 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("closure: DeepSpeed computes the gradients before step(), call engine.backward(loss)")
+        # DeepSpeed shows one group at a time and would leave it at that after an error: a checkpoint saved then
+        # would hold that group only.
+        shown, self.param_groups = self.param_groups, self._groups
         partitions = self._attach()
         if self._muon is None:
             self._muon = self._plan(partitions)
         if self._adopted:
             self._check_masters(partitions)
-        for group in self.param_groups:
+        for group in shown:
             index, (flat,) = group[INDEX], group["params"]
             state, grad = self._moments(group), flat.grad
             group["step"] += 1
