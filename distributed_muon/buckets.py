@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.diagnostics import PhaseTimer
 from distributed_muon.layout import Bucket
+from distributed_muon.timing import StepTimer
 
 
 class FlatBucket:
@@ -102,7 +102,7 @@ class GradientReducer:
         buckets: Sequence[FlatBucket],
         params: Sequence[nn.Parameter],
         dtype: torch.dtype,
-        timer: PhaseTimer,
+        timer: StepTimer,
     ) -> None:
         self._buckets, self._params, self._dtype, self._timer = buckets, params, dtype, timer
         self.syncing = True
@@ -239,7 +239,7 @@ class ParameterGatherer:
         overlap: whether `attach()` was called, so that a step may return with gathers under way.
     """
 
-    def __init__(self, buckets: Sequence[FlatBucket], params: Sequence[nn.Parameter], timer: PhaseTimer) -> None:
+    def __init__(self, buckets: Sequence[FlatBucket], params: Sequence[nn.Parameter], timer: StepTimer) -> None:
         self._buckets, self._params, self._timer = buckets, params, timer
         self._pending: dict[int, Pending] = {}
         self._versions = [param._version for param in params]

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from distributed_muon.timing import Flight, StepTimer
 
 # torch 2.13 renamed the two; older releases only know the first names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -23,16 +26,23 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Pending:
     """A collective under way; holds its tensors alive until `wait()` returns."""
 
-    def __init__(self, works: Sequence[Any], *tensors: Tensor, finish: Callable[[], None] | None = None) -> None:
-        self._works, self._tensors, self._finish = works, tensors, finish
+    def __init__(
+        self,
+        works: Sequence[Any],
+        *tensors: Tensor,
+        finish: Callable[[], None] | None = None,
+        flight: Flight | None = None,
+    ) -> None:
+        self._works, self._tensors, self._finish, self._flight = works, tensors, finish, flight
 
     def wait(self) -> None:
         """Block (CPU) or make the current stream wait (CUDA) until the result is there; idempotent."""
-        for work in self._works:
-            work.wait()
-        if self._finish is not None:
-            self._finish()
-        self._works, self._tensors, self._finish = (), (), None
+        with self._flight.landing() if self._flight is not None else nullcontext():
+            for work in self._works:
+                work.wait()
+            if self._finish is not None:
+                self._finish()
+        self._works, self._tensors, self._finish, self._flight = (), (), None, None
 
 
 class Collectives:
@@ -47,6 +57,7 @@ class Collectives:
         sent_bytes: bytes this rank sent, by collective ("reduce_scatter", "all_gather", "all_to_all",
             "all_reduce"), counted as the (size - 1) / size share that leaves the rank; an all-reduce
             counts as reduce-scatter plus all-gather.
+        timer: if set, times every counted collective under its label.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -57,6 +68,8 @@ class Collectives:
         if self.rank < 0:
             raise ValueError("process_group does not contain this rank: pass the group this rank belongs to")
         self.sent_bytes: Counter[str] = Counter()
+        self.timer: StepTimer | None = None
+        self._label: str | None = None
         self._direct = initialized and dist.get_backend(group) == "gloo"
 
     def reduce_scatter(self, output: Tensor, input: Tensor) -> Pending:
@@ -68,10 +81,10 @@ class Collectives:
         if self.size == 1:
             output.copy_(input)
             return Pending(())
-        self._count("reduce_scatter", input, self.size)
+        flight = self._count("reduce_scatter", _share(input, self.size))
         if not self._direct:
             work = _reduce_scatter(output, input, group=self.group, async_op=True)
-            return Pending([work], output, input)
+            return Pending([work], output, input, flight=flight)
         parts = input.view(self.size, -1)
         received = torch.empty_like(parts)
         others = self._others()
@@ -84,7 +97,7 @@ class Collectives:
             for peer in range(2, self.size):
                 output.add_(received[peer])
 
-        return Pending(works, output, input, received, finish=add_up)
+        return Pending(works, output, input, received, finish=add_up, flight=flight)
 
     def all_gather(self, output: Tensor) -> Pending:
         """Fill `output`, of which this rank already wrote its own 1/size, with every rank's part.
@@ -94,24 +107,31 @@ class Collectives:
         """
         if self.size == 1:
             return Pending(())
-        self._count("all_gather", output, self.size)
+        flight = self._count("all_gather", _share(output, self.size))
         parts = output.view(self.size, -1)
         if not self._direct:
             work = _all_gather(output, parts[self.rank], group=self.group, async_op=True)
-            return Pending([work], output)
+            return Pending([work], output, flight=flight)
         others = self._others()
         works = self._messages({p: parts[self.rank] for p in others}, {p: parts[p] for p in others})
-        return Pending(works, output)
+        return Pending(works, output, flight=flight)
 
     def all_to_all(
-        self, output: Tensor, input: Tensor, recv_counts: Sequence[int], send_counts: Sequence[int]
+        self,
+        output: Tensor,
+        input: Tensor,
+        recv_counts: Sequence[int],
+        send_counts: Sequence[int],
+        label: str = "all_to_all",
     ) -> Pending:
         """Send `send_counts[r]` consecutive elements of `input` to each rank r; receive likewise.
 
         Args:
             output: (sum(recv_counts),) contiguous. input: (sum(send_counts),) contiguous.
+            label: what it is timed as.
         """
-        self.sent_bytes["all_to_all"] += (sum(send_counts) - send_counts[self.rank]) * input.element_size()
+        sent = (sum(send_counts) - send_counts[self.rank]) * input.element_size()
+        flight = self._count("all_to_all", sent, label)
         if self._direct:
             sends, recvs = input.split(list(send_counts)), output.split(list(recv_counts))
             works = self._messages(
@@ -119,20 +139,19 @@ class Collectives:
                 {peer: recvs[peer] for peer in self._others() if recv_counts[peer]},
             )
             recvs[self.rank].copy_(sends[self.rank])
-            return Pending(works, output, input)
+            return Pending(works, output, input, flight=flight)
         work = dist.all_to_all_single(
             output, input, list(recv_counts), list(send_counts), group=self.group, async_op=True
         )
-        return Pending([work], output, input)
+        return Pending([work], output, input, flight=flight)
 
     def all_reduce(self, tensor: Tensor, *, maximum: bool = False, counted: bool = True) -> Tensor:
         """Sum (or take the maximum of) a contiguous tensor over the ranks, in place, and wait for it."""
         if self.size > 1:
-            if counted:
-                self._count("all_reduce", tensor, self.size)
-                self._count("all_reduce", tensor, self.size)
+            flight = self._count("all_reduce", 2 * _share(tensor, self.size)) if counted else None
             op = dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM
-            dist.all_reduce(tensor, op, group=self.group)
+            with flight.landing() if flight is not None else nullcontext():
+                dist.all_reduce(tensor, op, group=self.group)
         return tensor
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -153,11 +172,16 @@ class Collectives:
             ).wait()
             self.sent_bytes.clear()
 
-    def subgroup(self, ranks: Sequence[int]) -> Collectives:
-        """Collectives among some ranks of this group; called by exactly these ranks, in the same order."""
+    def subgroup(self, ranks: Sequence[int], label: str) -> Collectives:
+        """Collectives among some ranks of this group, all timed as `label`.
+
+        Called by exactly these ranks, in the same order.
+        """
         group = self.group if self.group is not None else dist.group.WORLD
         members = [dist.get_global_rank(group, rank) for rank in ranks]
-        return Collectives(dist.new_group(members, use_local_synchronization=True))
+        part = Collectives(dist.new_group(members, use_local_synchronization=True))
+        part.timer, part._label = self.timer, label
+        return part
 
     def _others(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]
@@ -167,5 +191,11 @@ class Collectives:
         ops += [dist.P2POp(dist.isend, tensor, group=self.group, group_peer=peer) for peer, tensor in sends.items()]
         return dist.batch_isend_irecv(ops) if ops else []
 
-    def _count(self, kind: str, tensor: Tensor, size: int) -> None:
-        self.sent_bytes[kind] += tensor.numel() * tensor.element_size() * (size - 1) // size
+    def _count(self, kind: str, sent: int, label: str | None = None) -> Flight | None:
+        self.sent_bytes[kind] += sent
+        return None if self.timer is None else self.timer.flight(self._label or label or kind, sent)
+
+
+def _share(tensor: Tensor, size: int) -> int:
+    """Bytes of a tensor cut over `size` ranks that leave one of them."""
+    return tensor.numel() * tensor.element_size() * (size - 1) // size

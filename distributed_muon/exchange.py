@@ -33,14 +33,16 @@ class Shipment:
 
     Args:
         transfer: this rank's part. collectives: over the plan's rank domain.
-        dtype, device: of the wire.
+        dtype, device: of the wire. label: what its all-to-all is timed as.
 
     Attributes:
         outgoing, incoming: one (rows, cols) tensor per piece of transfer.send and transfer.recv.
     """
 
-    def __init__(self, transfer: Transfer, collectives: Collectives, dtype: torch.dtype, device: torch.device) -> None:
-        self._transfer, self._collectives = transfer, collectives
+    def __init__(
+        self, transfer: Transfer, collectives: Collectives, dtype: torch.dtype, device: torch.device, label: str
+    ) -> None:
+        self._transfer, self._collectives, self._label = transfer, collectives, label
         self._sent = torch.empty(sum(transfer.send_counts), dtype=dtype, device=device)
         self._received = torch.empty(sum(transfer.recv_counts), dtype=dtype, device=device)
         self.outgoing = wire_views(self._sent, transfer.send)
@@ -51,7 +53,7 @@ class Shipment:
         """Begin the all-to-all; collective over the plan's domain unless the whole transfer is idle."""
         if not self._transfer.idle:
             self._pending = self._collectives.all_to_all(
-                self._received, self._sent, self._transfer.recv_counts, self._transfer.send_counts
+                self._received, self._sent, self._transfer.recv_counts, self._transfer.send_counts, self._label
             )
 
     def wait(self) -> None:

@@ -14,12 +14,13 @@ from distributed_muon.agreement import Agreement, check_same_everywhere
 from distributed_muon.buckets import FlatBucket, GradientReducer, ParameterGatherer
 from distributed_muon.collectives import Collectives
 from distributed_muon.cost_model import hardware_of
-from distributed_muon.diagnostics import PhaseTimer, merge_measured
+from distributed_muon.diagnostics import merge_measured
 from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets, make_buckets
 from distributed_muon.matrices import TensorSpec
 from distributed_muon.plan import STRATEGIES, NewtonSchulz, Plan, make_plan
 from distributed_muon.sharded_muon import ShardedMuon
 from distributed_muon.sharded_state import allocate_state, behind_masters, export_state, import_state
+from distributed_muon.timing import StepTimer
 from distributed_muon.update import adamw_update
 from distributed_muon.validation import check_choice, check_group, describe, tensor_specs
 
@@ -121,7 +122,7 @@ class DistributedMuon(torch.optim.Optimizer):
         self._algorithms = [self.param_groups[group]["algorithm"] for _, _, group in members]
         self._nonfinite = nonfinite
         self._device = self._params[0].device
-        self._timer = PhaseTimer(self._device)
+        self._timer = StepTimer(self._device)
         self.collectives.warm_up(self._device)
 
         dp, rank = self.collectives.size, self.collectives.rank
@@ -155,6 +156,7 @@ class DistributedMuon(torch.optim.Optimizer):
         self._agreement: Agreement | None = None
         self._unscaled = self._behind_masters = False
         self._clip = 1.0
+        self._times = self._timer.take()
         self._report: dict[str, Any] = {}
         self._sealed = True
 
@@ -296,10 +298,9 @@ class DistributedMuon(torch.optim.Optimizer):
             "skipped": skipped,
             "ns_calls": self._muon.ns_calls,
             "bytes": dict(self.collectives.sent_bytes),
-            "seconds": self._timer.seconds(),
         }
+        self._times = self._timer.take()
         self.collectives.sent_bytes.clear()
-        self._timer.reset()
         self._muon.ns_calls = 0
         self._forget_agreement()
 
@@ -308,11 +309,20 @@ class DistributedMuon(torch.optim.Optimizer):
 
         Returns:
             "grad_norm" (raw mean gradient), "skipped", "ns_calls" (matrices this rank orthogonalized),
-            "bytes" (sent by this rank, by collective), "seconds" (by phase, on this rank), and per matrix
-            name what `track` asks for: "update_rms" (of the update at lr 1), "orthogonality"
-            (||U U^T - I||_F / sqrt(rows), the short side being the rows).
+            "bytes" (sent by this rank, by collective), "seconds" (by phase, on this rank), "communication"
+            (per collective of this rank "calls", "bytes", "exposed_seconds" that the step waited for it, and
+            "hidden_seconds" that it was under way beside other work), and per matrix name what `track` asks
+            for: "update_rms" (of the update at lr 1), "orthogonality" (||U U^T - I||_F / sqrt(rows), the short
+            side being the rows). A step begins where the one before returned, so the gathers that
+            `overlap_param_gather` left under way count to the next.
         """
-        return {**self._report, **merge_measured(self.collectives, self.plan, self._muon.measured, self._device)}
+        measured = merge_measured(self.collectives, self.plan, self._muon.measured, self._device)
+        return {**self.local_report(), **measured}
+
+    def local_report(self) -> dict[str, Any]:
+        """`step_report()` without what is measured per matrix; no collective."""
+        times = {"seconds": self._times.seconds(), "communication": self._times.communication()}
+        return {**self._report, **times} if self._report else {}
 
     def track(self, *names: str) -> None:
         """Choose what every step measures per matrix: any of "update_rms" (the default) and "orthogonality"."""

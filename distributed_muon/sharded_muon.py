@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from distributed_muon.collectives import Collectives
-from distributed_muon.diagnostics import PhaseTimer
 from distributed_muon.exchange import Shipment, held_view, matrix_view
 from distributed_muon.newton_schulz import coefficient_table, orthogonalize
 from distributed_muon.plan import Plan, Transfer, Wave
 from distributed_muon.team_newton_schulz import orthogonalize_block
+from distributed_muon.timing import StepTimer
 from distributed_muon.update import apply_update, lr_ratio, momentum_update
 
 
@@ -47,7 +47,7 @@ class ShardedMuon:
         masters: fp32 1-D, one per shard of this rank in the plan's layout; updated in place.
         momenta: fp32 1-D, same shapes; momentum of the exponential-moving-average form.
         device: of all tensors. ns_dtype: of Newton-Schulz and of the wire. ns_form: "auto", "standard" or "gram".
-        timer: phases are added to it.
+        timer: phases and collectives are added to it; `collectives` gets it.
 
     Attributes:
         ns_calls: matrices this rank orthogonalized since construction.
@@ -66,14 +66,15 @@ class ShardedMuon:
         device: torch.device,
         ns_dtype: torch.dtype,
         ns_form: str,
-        timer: PhaseTimer,
+        timer: StepTimer,
     ) -> None:
         self.plan, self.masters, self.momenta = plan, masters, momenta
         self._device = device
         self._collectives, self._dtype, self._form, self._timer = collectives, ns_dtype, ns_form, timer
+        collectives.timer = timer
         self._schedule = plan.schedule(collectives.rank)
         self._tensor_of = plan.layout.tensor_of_matrix
-        self.teams = {ranks: collectives.subgroup(ranks) for ranks in self._own_teams()}
+        self.teams = {ranks: collectives.subgroup(ranks, "team") for ranks in self._own_teams()}
         self.ns_calls = 0
         self.track = {"update_rms"}
         self.measured: dict[str, dict[int, Tensor]] = {}
@@ -127,7 +128,7 @@ class ShardedMuon:
             for block in wave.blocks:
                 shape = self.plan.layout.matrices[block].shape
                 homes[block] = torch.empty(shape, dtype=self._dtype, device=self._device)
-            flight = _WaveInFlight(wave, homes, self._shipment(wave.gather))
+            flight = _WaveInFlight(wave, homes, self._shipment(wave.gather, "to_homes"))
             slots: dict[Any, list[Tensor]] = defaultdict(list)
             for piece, slot in zip(wave.gather.send, flight.gather.outgoing, strict=True):
                 slots[piece].append(slot)
@@ -166,14 +167,14 @@ class ShardedMuon:
                 for options in self._by_options([block], groups, active):
                     self._orthogonalize_block(flight.homes, block, *options)
         with self._timer("scatter_pack"):
-            flight.scatter = self._shipment(flight.wave.scatter)
+            flight.scatter = self._shipment(flight.wave.scatter, "from_homes")
             if flight.scatter.outgoing:
                 sources = [matrix_view(flight.homes[p.matrix], p) for p in flight.wave.scatter.send]
                 torch._foreach_copy_(flight.scatter.outgoing, sources)
         flight.scatter.start()
 
-    def _shipment(self, transfer: Transfer) -> Shipment:
-        return Shipment(transfer, self._collectives, self._dtype, self._device)
+    def _shipment(self, transfer: Transfer, label: str) -> Shipment:
+        return Shipment(transfer, self._collectives, self._dtype, self._device, label)
 
     def _orthogonalize_stack(
         self, homes: dict[int, Tensor], matrices: list[int], table: Any, eps: float, adjust: str

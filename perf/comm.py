@@ -7,7 +7,7 @@ Per collective, on rank 0, medians over steps:
   predicted  bytes this rank sends by the plan and the buckets
   measured   bytes it sent by the counters; a difference on any rank ends the run with an error
   alone      seconds of the same calls repeated one by one with nothing else to do
-  exposed    seconds that the training step waited for them, late ranks included
+  exposed    seconds that the training step waited for them, late ranks included (`step_report()`)
   hidden     alone - exposed, where positive: what computation covered
   bus        bytes measured / seconds alone
 """
@@ -20,8 +20,9 @@ import statistics
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,19 @@ from torch import Tensor
 
 from distributed_muon import DistributedMuon, muon_param_groups
 from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.diagnostics import PhaseTimer
-from distributed_muon.plan import Transfer
 from launch.models import MODELS, CausalLM, build_model, cast_parameters
 from launch.world import World, open_world
 from perf.links import timed
 from perf.machine import describe_machine
 
-REDUCE_SCATTER, ALL_GATHER = "reduce-scatter gradients", "all-gather parameters"
-TO_HOMES, FROM_HOMES = "all-to-all to homes", "all-to-all from homes"
-AGREEMENT, TEAMS = "all-reduce agreement", "teams"
-# Each label and the name its bytes are counted under; those of teams are counted apart.
+# What `step_report()["communication"]` calls each collective, and what this page does.
 LABELS = {
-    REDUCE_SCATTER: "reduce_scatter",
-    AGREEMENT: "all_reduce",
-    TO_HOMES: "all_to_all",
-    TEAMS: "teams",
-    FROM_HOMES: "all_to_all",
-    ALL_GATHER: "all_gather",
+    "reduce_scatter": "reduce-scatter gradients",
+    "all_reduce": "all-reduce agreement",
+    "to_homes": "all-to-all to homes",
+    "team": "teams",
+    "from_homes": "all-to-all from homes",
+    "all_gather": "all-gather parameters",
 }
 CONTENDERS = ("home", "gather", "adamw")
 VOCABULARY, SEQUENCE = 256, 128
@@ -56,114 +52,57 @@ VOCABULARY, SEQUENCE = 256, 128
 
 @dataclass(frozen=True)
 class Call:
-    """One collective that the optimizer issued: what it sent, and a function that issues its like again."""
+    """One collective that the optimizer issued: its label, and a function that does its like again."""
 
     label: str
-    sent_bytes: int
     over: Collectives
     again: Callable[[], Pending]
 
 
 class Recorder:
-    """Notes every collective of one optimizer and how long it is waited for, by wrapping its `Collectives`.
+    """Notes every collective of one optimizer, so that it can be repeated alone, by wrapping its `Collectives`.
 
     Args:
         optimizer: observed from now on. device: of its parameters.
 
     Attributes:
-        calls: of the current step, in order.
+        calls: since it was last cleared, in order.
     """
 
     def __init__(self, optimizer: DistributedMuon, device: torch.device) -> None:
-        self._device, self._timer = device, PhaseTimer(device)
-        self._optimizer = optimizer
-        self._wrap(optimizer.collectives, REDUCE_SCATTER, ALL_GATHER, AGREEMENT)
-        for team in optimizer._muon.teams.values():
-            self._wrap(team, TEAMS, TEAMS, TEAMS)
-        self.begin_step()
-
-    def begin_step(self) -> None:
-        """Forget the calls and waits so far."""
+        self._device = device
         self.calls: list[Call] = []
-        self._shipments = shipment_order(self._optimizer)
-        self._timer.reset()
+        self._wrap(optimizer.collectives)
+        for team in optimizer._muon.teams.values():
+            self._wrap(team, "team")
 
-    def exposed(self) -> dict[str, float]:
-        """Seconds waited since `begin_step()`, by label."""
-        return self._timer.seconds()
-
-    def _wrap(self, observed: Collectives, reduce_label: str, gather_label: str, all_reduce_label: str) -> None:
-        reduce_scatter, all_gather = observed.reduce_scatter, observed.all_gather
-        all_to_all, all_reduce = observed.all_to_all, observed.all_reduce
+    def _wrap(self, observed: Collectives, label: str | None = None) -> None:
         fresh = Collectives(observed.group)  # repeats calls without being counted
+        for kind in ("reduce_scatter", "all_gather", "all_to_all", "all_reduce"):
+            setattr(observed, kind, self._noted(getattr(observed, kind), kind, label, fresh))
 
-        def note(label: str, kind: str, before: int, again: Callable[[], Pending]) -> None:
-            self.calls.append(Call(label, observed.sent_bytes[kind] - before, fresh, again))
+    def _noted(self, call: Callable[..., Any], kind: str, label: str | None, fresh: Collectives) -> Callable[..., Any]:
+        def noted(*args: Any, **options: Any) -> Any:
+            if options.get("counted", True):
+                # The name of an all-to-all is its last argument.
+                name = label or (args[-1] if kind == "all_to_all" else kind)
+                tensors = [(arg.numel(), arg.dtype) for arg in args if isinstance(arg, Tensor)]
+                again = partial(self._repeat, getattr(fresh, kind), tensors, args[len(tensors) :], options)
+                self.calls.append(Call(name, fresh, again))
+            return call(*args, **options)
 
-        def watched(pending: Pending, label: str) -> Pending:
-            def wait() -> None:
-                with self._timer(label):
-                    pending.wait()
+        return noted
 
-            return Pending((), finish=wait)
-
-        def noted_reduce_scatter(output: Tensor, input: Tensor) -> Pending:
-            before = observed.sent_bytes["reduce_scatter"]
-            pending = reduce_scatter(output, input)
-            again = self._repeat(fresh.reduce_scatter, input.dtype, output.numel(), input.numel())
-            note(reduce_label, "reduce_scatter", before, again)
-            return watched(pending, reduce_label)
-
-        def noted_all_gather(output: Tensor) -> Pending:
-            before = observed.sent_bytes["all_gather"]
-            pending = all_gather(output)
-            again = self._repeat(fresh.all_gather, output.dtype, output.numel())
-            note(gather_label, "all_gather", before, again)
-            return watched(pending, gather_label)
-
-        def noted_all_to_all(
-            output: Tensor, input: Tensor, recv_counts: Sequence[int], send_counts: Sequence[int]
-        ) -> Pending:
-            label, transfer = next(self._shipments)
-            if (tuple(recv_counts), tuple(send_counts)) != (transfer.recv_counts, transfer.send_counts):
-                raise RuntimeError(f"an {label} did not follow the plan's order of waves: fix shipment_order()")
-            before = observed.sent_bytes["all_to_all"]
-            pending = all_to_all(output, input, recv_counts, send_counts)
-            again = self._repeat(fresh.all_to_all, input.dtype, output.numel(), input.numel(), recv_counts, send_counts)
-            note(label, "all_to_all", before, again)
-            return watched(pending, label)
-
-        def noted_all_reduce(tensor: Tensor, *, maximum: bool = False, counted: bool = True) -> Tensor:
-            if not counted:
-                return all_reduce(tensor, maximum=maximum, counted=False)
-            before = observed.sent_bytes["all_reduce"]
-            with self._timer(all_reduce_label):
-                all_reduce(tensor, maximum=maximum)
-            again = self._repeat(lambda like: (fresh.all_reduce(like), Pending(()))[1], tensor.dtype, tensor.numel())
-            note(all_reduce_label, "all_reduce", before, again)
-            return tensor
-
-        observed.reduce_scatter, observed.all_gather = noted_reduce_scatter, noted_all_gather
-        observed.all_to_all, observed.all_reduce = noted_all_to_all, noted_all_reduce
-
-    def _repeat(self, start: Callable[..., Pending], dtype: torch.dtype, *sizes: Any) -> Callable[[], Pending]:
-        """Calls `start` with zeros of each integer size, and other arguments as they are."""
-
-        def again() -> Pending:
-            made = (torch.zeros(s, dtype=dtype, device=self._device) if isinstance(s, int) else s for s in sizes)
-            return start(*made)
-
-        return again
-
-
-def shipment_order(optimizer: DistributedMuon) -> Iterator[tuple[str, Transfer]]:
-    """The all-to-alls of one step in the order `ShardedMuon.step` issues them, those of idle waves left out."""
-    waves = optimizer.plan.schedule(optimizer.collectives.rank)
-    order = [(TO_HOMES, wave.gather) for wave in waves[:1]]
-    for number, wave in enumerate(waves):
-        order += [(TO_HOMES, following.gather) for following in waves[number + 1 : number + 2]]
-        order.append((FROM_HOMES, wave.scatter))
-    return iter([(label, transfer) for label, transfer in order if not transfer.idle])
+    def _repeat(
+        self,
+        call: Callable[..., Any],
+        tensors: Sequence[tuple[int, torch.dtype]],
+        others: Sequence[Any],
+        options: dict[str, Any],
+    ) -> Pending:
+        zeros = [torch.zeros(numel, dtype=dtype, device=self._device) for numel, dtype in tensors]
+        result = call(*zeros, *others, **options)
+        return result if isinstance(result, Pending) else Pending(())
 
 
 def predicted_bytes(optimizer: DistributedMuon) -> dict[str, int]:
@@ -171,16 +110,16 @@ def predicted_bytes(optimizer: DistributedMuon) -> dict[str, int]:
     plan, rank, size = optimizer.plan, optimizer.collectives.rank, optimizer.collectives.size
     out: Counter[str] = Counter(dict.fromkeys(LABELS, 0))
     for bucket in optimizer._buckets:
-        out[REDUCE_SCATTER] += bucket.spec.numel * 4 * (size - 1) // size
-        out[ALL_GATHER] += bucket.spec.numel * bucket.flat.element_size() * (size - 1) // size
+        out["reduce_scatter"] += bucket.spec.numel * 4 * (size - 1) // size
+        out["all_gather"] += bucket.spec.numel * bucket.flat.element_size() * (size - 1) // size
     wire = plan.newton_schulz.element_bytes
     for wave in plan.schedule(rank):
-        out[TO_HOMES] += sum(wave.gather.send_counts) * wire
-        out[FROM_HOMES] += sum(wave.scatter.send_counts) * wire
+        out["to_homes"] += sum(wave.gather.send_counts) * wire
+        out["from_homes"] += sum(wave.scatter.send_counts) * wire
     # One fp64 norm and one presence flag per tensor; a flag per bucket, and two for wrong use.
     agreed = 8 * (2 * len(plan.layout.tensors) + len(optimizer._buckets) + 2)
-    out[AGREEMENT] = 2 * (agreed * (size - 1) // size)
-    out[TEAMS] = plan.team_bytes_by_rank[rank]
+    out["all_reduce"] = 2 * (agreed * (size - 1) // size)
+    out["team"] = plan.team_bytes_by_rank[rank]
     return dict(out)
 
 
@@ -215,22 +154,17 @@ class Training:
         """One training step; collective.
 
         Returns:
-            "seconds" of the whole step; "exposed", "sent", "calls" by label; "phases" of the optimizer.
+            The optimizer's report of this step with "step_seconds" of the whole of it. Parameter gathers that
+            the forward waited for are those of the step before.
         """
         self._world.barrier()
-        self.recorder.begin_step()
+        self.recorder.calls.clear()
         begin = time.perf_counter()
         self._model(self._tokens, self._targets).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._world.synchronize()
-        seconds = time.perf_counter() - begin
-        sent: Counter[str] = Counter()
-        for call in self.recorder.calls:
-            sent[call.label] += call.sent_bytes
-        calls = Counter(call.label for call in self.recorder.calls)
-        phases = self.optimizer.step_report()["seconds"]
-        return {"seconds": seconds, "exposed": self.recorder.exposed(), "sent": sent, "calls": calls, "phases": phases}
+        return {"step_seconds": time.perf_counter() - begin, **self.optimizer.local_report()}
 
     def measure(self, steps: int) -> dict[str, Any]:
         """Medians over `steps` steps after one of warm-up; collective.
@@ -242,34 +176,34 @@ class Training:
         reports = [self.step() for _ in range(steps)]
         predicted = predicted_bytes(self.optimizer)
         for report in reports:
-            sent = {label: report["sent"][label] for label in LABELS}
-            wrong = [label for label in LABELS if sent[label] != predicted[label]]
-            if any(_gathered(wrong)):
+            sent = {label: report["communication"].get(label, {}).get("bytes", 0) for label in LABELS}
+            if any(_gathered(sent != predicted)):
                 raise RuntimeError(f"{self.name}: bytes predicted {predicted}, rank {self._world.rank} sent {sent}")
         self.optimizer.wait_params()
         alone = self._alone(self.recorder.calls)
         rows = {
             label: self._row(label, reports, predicted[label], alone[label]) for label in LABELS if predicted[label]
         }
-        phases = {key: statistics.median(r["phases"].get(key, 0.0) for r in reports) for key in reports[-1]["phases"]}
+        phases = {key: statistics.median(r["seconds"].get(key, 0.0) for r in reports) for key in reports[-1]["seconds"]}
         return {
-            "step_seconds": statistics.median(report["seconds"] for report in reports),
+            "step_seconds": statistics.median(report["step_seconds"] for report in reports),
             "phases": phases,
             "collectives": rows,
             "sent_bytes_by_rank": _gathered(sum(predicted.values())),
         }
 
     def _row(self, label: str, reports: Sequence[dict[str, Any]], predicted: int, alone: float) -> dict[str, Any]:
-        exposed = statistics.median(report["exposed"].get(label, 0.0) for report in reports)
-        measured = reports[-1]["sent"][label]
+        counts = [report["communication"][label] for report in reports]
+        exposed = statistics.median(count["exposed_seconds"] for count in counts)
         return {
-            "calls": reports[-1]["calls"][label],
+            "name": LABELS[label],
+            "calls": counts[-1]["calls"],
             "bytes_predicted": predicted,
-            "bytes_measured": measured,
+            "bytes_measured": counts[-1]["bytes"],
             "alone_seconds": alone,
             "exposed_seconds": exposed,
             "hidden_seconds": max(0.0, alone - exposed),
-            "bus_bytes_per_second": measured / alone if alone else 0.0,
+            "bus_bytes_per_second": counts[-1]["bytes"] / alone if alone else 0.0,
         }
 
     def _alone(self, calls: Sequence[Call], rounds: int = 3) -> dict[str, float]:
@@ -311,9 +245,10 @@ def print_report(name: str, result: dict[str, Any]) -> None:
     print(f"\n{name}: {result['step_seconds'] * 1e3:.1f} ms per training step")
     print(f"  {'collective':26s} calls {'predicted':>12s} {'measured':>12s} {'alone':>9s} {'exposed':>9s} "
           f"{'hidden':>9s}      bus")  # fmt: skip
-    for label, row in result["collectives"].items():
+    for row in result["collectives"].values():
         times = " ".join(f"{row[f'{key}_seconds'] * 1e3:6.2f} ms" for key in ("alone", "exposed", "hidden"))
-        print(f"  {label:26s} {row['calls']:5d} {row['bytes_predicted']:12,d} {row['bytes_measured']:12,d} {times} "
+        counts = f"{row['calls']:5d} {row['bytes_predicted']:12,d} {row['bytes_measured']:12,d}"
+        print(f"  {row['name']:26s} {counts} {times} "
               f"{row['bus_bytes_per_second'] / 1e9:6.3f} GB/s")  # fmt: skip
 
 

@@ -7,7 +7,6 @@ with each side divided by `shrink`; buckets shrink alike, so matrices straddle r
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from distributed_muon import DistributedMuon
 from distributed_muon.layout import bucket_elements
 from distributed_muon.model_shapes import NAMED_MODELS, ParameterShape, model_shapes
 from distributed_muon.simulate import Job, simulate
-from perf.comm import LABELS, predicted_bytes
+from perf.comm import predicted_bytes
 
 
 @dataclass(frozen=True)
@@ -179,15 +178,12 @@ def run_rank(
         )
         optimizer.track()
         optimizer.step()
-        measured = Counter(optimizer.step_report()["bytes"])
-        for team in optimizer._muon.teams.values():
-            measured["teams"] += team.sent_bytes.total()
-        predicted: Counter[str] = Counter()
-        for label, count in predicted_bytes(optimizer).items():
-            predicted[LABELS[label]] += count
+        landed = optimizer.local_report()["communication"]
+        predicted = predicted_bytes(optimizer)
+        measured = {label: landed[label]["bytes"] if label in landed else 0 for label in predicted}
         plan = optimizer.plan
         sent = [sum(pair) for pair in zip(plan.exchange_bytes_by_rank, plan.team_bytes_by_rank, strict=True)]
-        return (dict(predicted), {kind: measured[kind] for kind in predicted}), sent
+        return (predicted, measured), sent
 
 
 def format_outcomes(outcomes: Sequence[Outcome]) -> str:

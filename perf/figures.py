@@ -155,7 +155,7 @@ def collectives(contenders: Mapping[str, Any]) -> str:
         panel.set_title(f"{name}: {contender['traffic_over_adamw']:.3f}x the bytes")
         panel.set_xlabel("ms per step")
         panel.tick_params(length=0, labelsize=8.5)
-        _names_on_y(panel, list(rows))
+        _names_on_y(panel, [row["name"] for row in rows.values()])
     panels[0].legend(loc="lower right")
     return _svg(figure)
 

@@ -125,11 +125,11 @@ def comm_section(result: dict[str, Any]) -> Section:
     contenders = result["contenders"]
     cells, marks = [], []
     for name, contender in contenders.items():
-        for label, row in contender["collectives"].items():
+        for row in contender["collectives"].values():
             times = [f"{row[f'{key}_seconds'] * 1e3:.2f}" for key in ("alone", "exposed", "hidden")]
             counts = [f"{row['bytes_predicted']:,}", f"{row['bytes_measured']:,}"]
             rate = f"{row['bus_bytes_per_second'] / 1e9:.2f}"
-            cells.append([name, label, str(row["calls"]), *counts, *times, rate])
+            cells.append([name, row["name"], str(row["calls"]), *counts, *times, rate])
             marks.append("" if row["bytes_predicted"] == row["bytes_measured"] else "bad")
     header = (
         "optimizer", "collective", "calls", "bytes predicted", "bytes measured",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from distributed_muon.agreement import check_same_everywhere
 from distributed_muon.collectives import Collectives
 from distributed_muon.cost_model import hardware_of
-from distributed_muon.diagnostics import PhaseTimer, merge_measured
+from distributed_muon.diagnostics import merge_measured
 from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
     Partition,
@@ -42,6 +42,7 @@ from distributed_muon.matrices import TensorSpec
 from distributed_muon.param_groups import muon_param_groups
 from distributed_muon.plan import STRATEGIES, NewtonSchulz, Plan, make_plan
 from distributed_muon.sharded_muon import ShardedMuon
+from distributed_muon.timing import StepTimer
 from distributed_muon.update import adamw_update
 from distributed_muon.validation import check_choice, check_group, describe, tensor_specs
 
@@ -116,7 +117,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         tensor_specs(self._members, self.param_groups)
         self._groups = list(self.param_groups)  # DeepSpeed's step() shows one at a time in param_groups
         self._options = (ns_form, ns_dtype, strategy)
-        self._timer = PhaseTimer(torch.device("cpu"))
+        self._timer = StepTimer(torch.device("cpu"))
         self._partitions: list[Partition] | None = None
         self._muon: dict[int, ShardedMuon] | None = None
         self._adopted = False
@@ -186,7 +187,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                 pair[1].append(param)
             shared: dict[Any, Collectives] = {}
             self._partitions = [make_partition(group, *by_group[group[INDEX]], shared) for group in self._groups]
-            self._timer = PhaseTimer(self._members[0][1].device)
+            self._timer = StepTimer(self._members[0][1].device)
             for group in self._groups:
                 self._moments(group)
         return self._partitions
@@ -235,10 +236,13 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
         Returns:
             "ns_calls" (matrices this rank orthogonalized), "bytes" (sent by this rank for Muon's exchange, by
-            collective; DeepSpeed's own traffic is not counted), "seconds" (by phase, on this rank) and
-            "update_rms" of the last step's updates at lr 1, by matrix name.
+            collective; DeepSpeed's own traffic is not counted), "seconds" (by phase, on this rank),
+            "communication" (of the exchange, as `DistributedMuon.step_report` has it) and "update_rms" of the
+            last step's updates at lr 1, by matrix name.
         """
-        report: dict[str, Any] = {"ns_calls": 0, "bytes": Counter(), "seconds": self._timer.seconds(), "update_rms": {}}
+        times = self._timer.take()
+        report: dict[str, Any] = {"ns_calls": 0, "bytes": Counter(), "update_rms": {}}
+        report |= {"seconds": times.seconds(), "communication": times.communication()}
         for index, muon in (self._muon or {}).items():
             collectives = (self._partitions or [])[index].collectives
             report["ns_calls"] += muon.ns_calls
@@ -247,7 +251,6 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             collectives.sent_bytes.clear()
             device = self._members[0][1].device
             report["update_rms"] |= merge_measured(collectives, muon.plan, muon.measured, device)["update_rms"]
-        self._timer.reset()
         return {**report, "bytes": dict(report["bytes"])}
 
     # ---- state ---------------------------------------------------------------------------------------

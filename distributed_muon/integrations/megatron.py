@@ -6,6 +6,7 @@ is a layout to read (megatron_layout.py) and the core's step on it (megatron_dom
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -210,20 +211,23 @@ class MegatronMuon(MegatronOptimizer):
 
         Returns:
             "ns_calls" (matrices this rank orthogonalized), "bytes" (that it sent in exchanges, by collective),
-            "seconds" by phase, and "update_rms" per matrix of the last step (of the update at lr 1).
+            "seconds" by phase, "communication" (of the exchange, as
+            `DistributedMuon.step_report` has it), and "update_rms" per matrix of the last step (of the update at lr 1).
         """
-        report: dict[str, Any] = {"ns_calls": 0, "bytes": {}, "seconds": {}, "update_rms": {}}
+        report: dict[str, Any] = {"ns_calls": 0, "communication": {}, "update_rms": {}}
+        sent, seconds = Counter(), Counter()
         for part in self.parts:
+            times = part.timer.take()
             report["ns_calls"] += part.muon.ns_calls
-            for key, counts in (("bytes", part.collectives.sent_bytes), ("seconds", part.timer.seconds())):
-                for name, value in counts.items():
-                    report[key][name] = report[key].get(name, 0) + value
+            sent.update(part.collectives.sent_bytes)
+            seconds.update(times.seconds())
+            for label, counts in times.communication().items():
+                report["communication"].setdefault(label, Counter()).update(counts)
             merged = merge_measured(part.collectives, part.plan, part.muon.measured, part.device)
             report["update_rms"] |= merged.get("update_rms", {})
             part.muon.ns_calls = 0
             part.collectives.sent_bytes.clear()
-            part.timer.reset()
-        return report
+        return {**report, "bytes": dict(sent), "seconds": dict(seconds)}
 
     def explain(self) -> str:
         """Where every parameter went and why, and the plan of each domain."""

@@ -13,11 +13,11 @@ from torch import Tensor
 from distributed_muon.agreement import check_same_everywhere
 from distributed_muon.collectives import Collectives
 from distributed_muon.cost_model import hardware_of
-from distributed_muon.diagnostics import PhaseTimer
 from distributed_muon.integrations.megatron_layout import Domain, read_buffers
 from distributed_muon.integrations.megatron_params import MarkedParameter
 from distributed_muon.plan import NewtonSchulz, make_plan
 from distributed_muon.sharded_muon import ShardedMuon
+from distributed_muon.timing import StepTimer
 from distributed_muon.update import adamw_update
 
 MOMENTS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
@@ -99,7 +99,7 @@ class DomainStep:
         )
         self.device = buffers[0].grad_data.device
         self.collectives.warm_up(self.device)
-        self.timer = PhaseTimer(self.device)
+        self.timer = StepTimer(self.device)
         layout, self.cut = read_buffers(buffers, members, domain)
         steps = max((group["ns_steps"] for group in param_groups if group["algorithm"] == "muon"), default=5)
         ranks = dist.get_process_group_ranks(domain.group)

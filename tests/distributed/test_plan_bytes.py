@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from distributed_muon import QKV, Conv, DistributedMuon, Experts, Split
 from distributed_muon.collectives import Collectives, Pending
 from distributed_muon.cost_model import NewtonSchulz
-from distributed_muon.diagnostics import PhaseTimer
 from distributed_muon.layout import Layout, cut_buckets, make_buckets
 from distributed_muon.matrices import Whole
 from distributed_muon.plan import make_plan
 from distributed_muon.sharded_muon import ShardedMuon
+from distributed_muon.timing import StepTimer
 from tests.checks import on_ranks
 from tests.dense import matrices_of, spec_of, tp_slice
 from tests.reference import ADAMW_SHAPES, MUON_SHAPES, Reference, backward, make_params, mean_gradient, rank_gradient
@@ -144,8 +144,8 @@ class Late(Collectives):
     def all_gather(self, output: Tensor) -> Pending:
         return self._late(Collectives.all_gather, output)
 
-    def all_to_all(self, output: Tensor, input: Tensor, recv_counts, send_counts) -> Pending:
-        return self._late(Collectives.all_to_all, output, input, recv_counts, send_counts)
+    def all_to_all(self, output: Tensor, input: Tensor, recv_counts, send_counts, label) -> Pending:
+        return self._late(Collectives.all_to_all, output, input, recv_counts, send_counts, label)
 
 
 @on_ranks(4)
@@ -293,7 +293,7 @@ def test_tensor_parallel_layouts_equal_the_unsharded_reference(rank: int, world:
         held = [[local[name].reshape(-1)[shard.start : shard.stop].clone() for name, shard in own] for local in locals_]
         masters, momenta = held[0], [torch.zeros_like(m) for m in held[0]]
         collectives, cpu = Collectives(), torch.device("cpu")
-        options = dict(device=cpu, ns_dtype=torch.bfloat16, ns_form="standard", timer=PhaseTimer(cpu))
+        options = dict(device=cpu, ns_dtype=torch.bfloat16, ns_form="standard", timer=StepTimer(cpu))
         muon = ShardedMuon(plan, collectives, masters, momenta, **options)
         for grads in held[1:]:
             muon.step(grads, [OPTIONS] * len(specs), [True] * len(specs))

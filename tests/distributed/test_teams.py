@@ -6,11 +6,12 @@ import torch
 
 from distributed_muon.collectives import Collectives
 from distributed_muon.cost_model import NewtonSchulz
-from distributed_muon.diagnostics import PhaseTimer, merge_measured
+from distributed_muon.diagnostics import merge_measured
 from distributed_muon.layout import Layout, cut_buckets, make_buckets
 from distributed_muon.matrices import Split, TensorSpec, Whole
 from distributed_muon.plan import make_plan
 from distributed_muon.sharded_muon import ShardedMuon
+from distributed_muon.timing import StepTimer
 from tests.spawn import run_ranks
 
 SPECS = [
@@ -41,7 +42,7 @@ def run(rank: int, world: int, sizes: list[int]) -> dict:
     momenta = [torch.zeros_like(m) for m in masters]
     collectives = Collectives()
     cpu = torch.device("cpu")
-    options = dict(device=cpu, ns_dtype=torch.float32, ns_form="standard", timer=PhaseTimer(cpu))
+    options = dict(device=cpu, ns_dtype=torch.float32, ns_form="standard", timer=StepTimer(cpu))
     muon = ShardedMuon(plan, collectives, masters, momenta, **options)
     for _ in range(2):
         held = [grads[s.tensor][s.start : s.stop] for s in own]

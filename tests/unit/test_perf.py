@@ -115,7 +115,7 @@ def test_impossible_parallel_sizes_are_named() -> None:
 def test_real_optimizer_sends_what_is_predicted(case: Case, low: float, high: float) -> None:
     outcome = run_case(case)
     assert outcome.predicted == outcome.measured
-    assert outcome.measured["all_to_all"] > 0
+    assert outcome.measured["to_homes"] > 0
     assert low < outcome.over_adamw <= high
     assert outcome.over_adamw == pytest.approx(outcome.over_adamw_full_size, abs=0.02)
     assert outcome.within_bounds
@@ -126,7 +126,7 @@ def test_a_wrong_prediction_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
 
     def wrong(optimizer: object) -> dict[str, int]:
         labels = right(optimizer)
-        return {**labels, "all-to-all to homes": labels["all-to-all to homes"] + 2}
+        return {**labels, "to_homes": labels["to_homes"] + 2}
 
     monkeypatch.setattr(fake_world, "predicted_bytes", wrong)
     with pytest.raises(RuntimeError, match="was predicted to send"):
