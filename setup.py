@@ -7,8 +7,15 @@ from setuptools import find_packages, setup
 PLOT = ["matplotlib>=3.8"]
 DEEPSPEED = ["deepspeed>=0.19.8"]
 MEGATRON = ["megatron-core>=0.16.1", "psutil"]
-TRAIN = ["tokenizers>=0.20", "tqdm>=4.66", "PyYAML>=6.0", *PLOT]
-TEST = ["pytest>=8.0", "pytest-timeout>=2.3", "ruff>=0.6", "triton>=3.0; platform_system == 'Linux'", *TRAIN]
+TRAIN = ["tokenizers>=0.20", "safetensors>=0.4.3", "tqdm>=4.66", "PyYAML>=6.0", *PLOT]
+TEST = [
+    "pytest>=8.0",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    "transformers>=5.0",
+    "triton>=3.0; platform_system == 'Linux'",
+    *TRAIN,
+]
 
 setup(
     name="distributed_muon",

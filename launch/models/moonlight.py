@@ -62,7 +62,8 @@ class LatentAttention(nn.Module):
         hidden = config.hidden_size
         self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
-        self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=config.rms_norm_eps)
+        # The published model leaves this norm at its default, whatever rms_norm_eps says.
+        self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=1e-6)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
         self.rotary = Rotary(self.rope, config.max_position_embeddings, config.rope_theta)
