@@ -82,6 +82,11 @@ class FlatBucket:
             self.master.copy_(torch.where(kept, self.master, self.own.float()))
 
 
+# Reduce-scatters under way at a time: one travels while the next is packed. Each holds a copy of its bucket where
+# it is reduced in bf16 or by messages, so that all of them together would be as large as the model.
+_MOST_IN_FLIGHT = 2
+
+
 class GradientReducer:
     """Accumulates p.grad into the flat buckets and reduce-scatters each once per step.
 
@@ -185,6 +190,9 @@ class GradientReducer:
             self._absorb(tensor)
             if not self.has_gradient(tensor):
                 self._views[tensor].zero_()
+        if len(self._pending) == _MOST_IN_FLIGHT:
+            with self._timer("reduce_scatter_wait"):
+                self._pending.pop(0).wait()
         self._pending.append(bucket.reduce_scatter(self._dtype))
         self._launched = max(self._launched, index + 1)
 

@@ -143,6 +143,7 @@ def orthogonalize(
     form: str = "auto",
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Newton-Schulz of one matrix or of each matrix of a stack. Local; takes part in no collective.
 
@@ -151,7 +152,8 @@ def orthogonalize(
     fp32's range. An inf or nan makes the output of its matrix nan.
 
     Args:
-        matrices: (rows, cols) or (stack, rows, cols), fp32, bf16 or fp16, any strides; never written to.
+        matrices: (rows, cols) or (stack, rows, cols), fp32, bf16 or fp16, any strides; not written to unless it
+            is `out`.
         coefficients, steps: as for `coefficient_table`.
         form: "standard": the operations of torch.optim.Muon in its order and strides, one matrix at a time;
             with dtype bf16 and one triple for all steps bit-identical to it on CPU. "gram": the Gram form.
@@ -161,9 +163,10 @@ def orthogonalize(
         dtype: of the matmuls and of the output: bf16, fp16, fp32 or fp64. Rounding to bf16 comes before the
             division by the norm, as in torch.optim.Muon; to fp16, with its short range, after it.
         eps: least norm to divide by. After the scaling only a zero matrix is below the default: it gives zeros.
+        out: of the input's shape and of `dtype`, contiguous; may be `matrices`.
 
     Returns:
-        A new contiguous tensor of the input's shape and of `dtype`.
+        `out`, or a new contiguous tensor like it.
 
     Raises:
         ValueError: for a shape, form, dtype or coefficients outside the above.
@@ -177,7 +180,7 @@ def orthogonalize(
         raise ValueError(f"ns_form={form!r} is unknown: choose one of {', '.join(FORMS)}")
     if dtype not in DTYPES:
         raise ValueError(f"ns_dtype={dtype} is unsupported: choose one of {', '.join(map(str, DTYPES))}")
-    output = torch.empty(matrices.shape, dtype=dtype, device=matrices.device)
+    output = torch.empty(matrices.shape, dtype=dtype, device=matrices.device) if out is None else out
     if not output.numel():
         return output
     rows, cols = matrices.shape[-2:]

@@ -20,8 +20,11 @@ from distributed_muon.homes import all_holders, one_home, team_sizes
 from distributed_muon.layout import Layout, Piece
 
 STRATEGIES = ("home", "gather", "auto")
-# A home keeps one wave's matrices, their workspaces and two waves of wire buffers alive, about five times this.
+# Of 16-bit matrices that a home takes into one wave. What a step allocates on a rank beyond the state stays below
+# this number of such waves (two waves of matrices and wire, the fp32 updates of one, workspaces), or of the largest
+# matrix where that is more, or below two gradient buckets: it does not grow with the model.
 WAVE_BYTES = 64 << 20
+TRANSIENT_WAVES = 7
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ class _WaveInFlight:
     """What one wave needs between its phases."""
 
     wave: Wave
-    homes: dict[int, Tensor]  # matrix -> (rows, cols) at its home: the gathered input, then the output
+    stacks: list[Tensor]  # (matrices, rows, cols) at their home: the gathered input, then the output
+    homes: dict[int, Tensor]  # matrix -> its (rows, cols) of `stacks`; or block
     gather: Shipment
     scatter: Shipment | None = None
 
@@ -120,15 +121,15 @@ class ShardedMuon:
     ) -> _WaveInFlight:
         wave = self._schedule[number]
         with self._timer("momentum"):
-            homes = {}
+            stacks, homes = [], {}
             for stack in wave.stacks:
                 rows, cols = self.plan.layout.matrices[stack[0]].shape
-                storage = torch.empty(len(stack), rows, cols, dtype=self._dtype, device=self._device)
-                homes.update(zip(stack, storage, strict=True))
+                stacks.append(torch.empty(len(stack), rows, cols, dtype=self._dtype, device=self._device))
+                homes.update(zip(stack, stacks[-1], strict=True))
             for block in wave.blocks:
                 shape = self.plan.layout.matrices[block].shape
                 homes[block] = torch.empty(shape, dtype=self._dtype, device=self._device)
-            flight = _WaveInFlight(wave, homes, self._shipment(wave.gather, "to_homes"))
+            flight = _WaveInFlight(wave, stacks, homes, self._shipment(wave.gather, "to_homes"))
             slots: dict[Any, list[Tensor]] = defaultdict(list)
             for piece, slot in zip(wave.gather.send, flight.gather.outgoing, strict=True):
                 slots[piece].append(slot)
@@ -160,9 +161,15 @@ class ShardedMuon:
             if flight.gather.incoming:
                 targets = [matrix_view(flight.homes[p.matrix], p) for p in flight.wave.gather.recv]
                 torch._foreach_copy_(targets, flight.gather.incoming)
-            for stack in flight.wave.stacks:
-                for options, matrices in self._by_options(stack, groups, active).items():
-                    self._orthogonalize_stack(flight.homes, matrices, *options)
+            for stack, whole in zip(flight.wave.stacks, flight.stacks, strict=True):
+                by_options = self._by_options(stack, groups, active)
+                for options, matrices in by_options.items():
+                    if len(matrices) == len(stack):
+                        self._orthogonalize_stack(whole, matrices, *options)
+                        continue
+                    part = torch.stack([flight.homes[matrix] for matrix in matrices])
+                    self._orthogonalize_stack(part, matrices, *options)
+                    flight.homes.update(zip(matrices, part, strict=True))
             for block in flight.wave.blocks:
                 for options in self._by_options([block], groups, active):
                     self._orthogonalize_block(flight.homes, block, *options)
@@ -176,18 +183,12 @@ class ShardedMuon:
     def _shipment(self, transfer: Transfer, label: str) -> Shipment:
         return Shipment(transfer, self._collectives, self._dtype, self._device, label)
 
-    def _orthogonalize_stack(
-        self, homes: dict[int, Tensor], matrices: list[int], table: Any, eps: float, adjust: str
-    ) -> None:
-        whole = [homes[matrix] for matrix in matrices]
-        inputs = whole[0] if len(whole) == 1 else torch.stack(whole)
-        output = orthogonalize(
-            inputs, coefficients=table, steps=len(table), form=self._form, dtype=self._dtype, eps=eps
-        )
-        output = output.contiguous().view(len(matrices), *whole[0].shape)
-        homes.update(zip(matrices, output, strict=True))
+    def _orthogonalize_stack(self, stack: Tensor, matrices: list[int], table: Any, eps: float, adjust: str) -> None:
+        """Newton-Schulz of (matrices, rows, cols) in place."""
+        options = {"coefficients": table, "steps": len(table), "form": self._form, "dtype": self._dtype, "eps": eps}
+        orthogonalize(stack, **options, out=stack)
         self.ns_calls += len(matrices)
-        self._measure(matrices, output, adjust)
+        self._measure(matrices, stack, adjust)
 
     def _orthogonalize_block(self, homes: dict[int, Tensor], block: int, table: Any, eps: float, adjust: str) -> None:
         rows, cols = self.plan.layout.matrices[block].logical_shape

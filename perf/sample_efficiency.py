@@ -1,11 +1,13 @@
 """Does Muon need fewer steps than AdamW, at AdamW's own learning rate? The report's claims at toy size.
 
-    python -m perf.sample_efficiency [--steps 150] [--workers 2] [--json FILE] [--plot FILE]
+    python -m perf.sample_efficiency [--steps 300] [--seeds 0 1] [--workers 2] [--json FILE] [--plot FILE]
 
-For dense and mixture-of-experts models at three sizes: AdamW at several learning rates, then Muon once, at
-the best of these (arXiv 2502.16982, section 2.2: no new tuning). Printed per model: the steps Muon needs to
-reach AdamW's final validation loss, singular-value entropy of the weights by group (figure 4), weight RMS
-with and without decay (figure 2), and update RMS by shape under both scale rules (table 1).
+For dense and mixture-of-experts models at three sizes: AdamW at several learning rates, then Muon at the best of
+these (arXiv 2502.16982, section 2.2: no new tuning), once for as many steps and once for 0.65 of them, each with a
+cosine schedule of its own length. Printed per model, means over seeds: the step of the long run at which Muon
+passes AdamW's final validation loss, the short run's final loss beside it, and singular-value entropy of the
+weights by group (figure 4); weight RMS with and without decay (figure 2), and update RMS by shape under both scale
+rules (table 1).
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ SIZES = {
     "medium": {"hidden_size": 96, "num_hidden_layers": 3},
     "large": {"hidden_size": 128, "num_hidden_layers": 4},
 }
-LEARNING_RATES = (1e-3, 2e-3, 4e-3)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+SHORT = 0.65  # of the steps
 BATCH, SEQUENCE, VALIDATE_EVERY, VALIDATION_SAMPLES = 16, 128, 10, 64
 
 
@@ -134,80 +137,124 @@ def steps_to(validation: list[tuple[int, float]], loss: float) -> float | None:
     return None
 
 
+def compare(adamw: list[dict[str, Any]], muon: list[dict[str, Any]], short: list[dict[str, Any]]) -> dict[str, Any]:
+    """One model's row: runs of each kind by seed, in the same order."""
+    finals = {name: [run["validation"][-1][1] for run in runs]
+              for name, runs in (("adamw", adamw), ("muon", muon), ("short", short))}  # fmt: skip
+    first = adamw[0]
+    shares = [steps_to(run["validation"], target) for run, target in zip(muon, finals["adamw"], strict=True)]
+    return {
+        "kind": first["kind"],
+        "size": first["size"],
+        "parameters": first["parameters"],
+        "lr": first["lr"],
+        "final": finals,
+        "share_of_steps": [share / first["steps"] if share else None for share in shares],
+        "flops": {
+            "adamw": first["steps"] * first["model_flops_per_step"],
+            "short": short[0]["steps"] * (short[0]["model_flops_per_step"] + short[0]["ns_flops_per_step"]),
+        },
+        "entropy": {"adamw": _mean_entropy(adamw), "muon": _mean_entropy(muon)},
+        "curves": {"adamw": first["validation"], "muon": muon[0]["validation"], "short": short[0]["validation"]},
+    }
+
+
+def _mean_entropy(runs: list[dict[str, Any]]) -> dict[str, float]:
+    return {group: statistics.mean(run["entropy"][group] for run in runs) for group in runs[0]["entropy"]}
+
+
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss of AdamW's best and of Muon, one panel per model."""
+    """Validation loss of AdamW's best and of Muon's two runs with the first seed, one panel per model."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    labels = {"adamw": "AdamW", "muon": "Muon", "short": f"Muon, {SHORT} of the steps"}
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5), sharex=True, layout="constrained")
     for axis, row in zip(axes.flat, rows, strict=True):
-        for name in ("adamw", "muon"):
-            axis.plot(*zip(*row[name]["validation"], strict=True), label=f"{name} lr {row[name]['lr']:g}")
-        axis.axhline(row["adamw"]["validation"][-1][1], color="0.7", linewidth=0.8)
-        axis.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M")
+        for name, label in labels.items():
+            axis.plot(*zip(*row["curves"][name], strict=True), label=label)
+        final = row["curves"]["adamw"][-1][1]
+        axis.axhline(final, color="0.7", linewidth=0.8)
+        axis.set_ylim(final - 0.25, final + 1.0)
+        axis.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M, lr {row['lr']:g}")
         axis.set(xlabel="step", ylabel="validation loss")
-        axis.legend()
+    axes.flat[0].legend()
     figure.savefig(path, dpi=110)
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """The table of the models."""
+    header = f"{'model':13s} {'params':>9s} {'lr':>6s} {'AdamW':>7s} {'Muon':>7s} {'at 0.65':>7s}"
+    print(f"{header} {'steps to AdamW':>15s}  entropy AdamW -> Muon")
+    for row in rows:
+        mean = {name: statistics.mean(values) for name, values in row["final"].items()}
+        shares = " ".join(f"{share:.2f}" if share else "never" for share in row["share_of_steps"])
+        entropy = ", ".join(
+            f"{group} {row['entropy']['adamw'][group]:.3f} -> {value:.3f}"
+            for group, value in row["entropy"]["muon"].items()
+        )
+        print(f"{row['kind'] + ' ' + row['size']:13s} {row['parameters']:9,d} {row['lr']:6g} {mean['adamw']:7.4f} "
+              f"{mean['muon']:7.4f} {mean['short']:7.4f} {shares:>15s}  {entropy}")  # fmt: skip
 
 
 def main() -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     models = [(kind, size) for kind in ("dense", "moe") for size in SIZES]
-    base = {"steps": args.steps, "seed": args.seed}
+
+    def runs_of(kind: str, size: str, optimizer: str, lr: float, steps: int = args.steps) -> list[dict[str, Any]]:
+        run = {"kind": kind, "size": size, "optimizer": optimizer, "lr": lr, "steps": steps}
+        return [{**run, "seed": seed} for seed in args.seeds]
+
     with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-        runs = [
-            {**base, "kind": k, "size": s, "optimizer": "adamw", "lr": lr} for k, s in models for lr in LEARNING_RATES
+
+        def train_all(groups: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+            done = iter(list(pool.map(train, [run for group in groups for run in group])))
+            return [[next(done) for _ in group] for group in groups]
+
+        sweep = train_all([runs_of(*model, "adamw", lr) for model in models for lr in LEARNING_RATES])
+        best = [
+            min(
+                (runs for runs in sweep if (runs[0]["kind"], runs[0]["size"]) == model),
+                key=lambda runs: statistics.mean(run["validation"][-1][1] for run in runs),
+            )
+            for model in models
         ]
-        adamw = list(pool.map(train, runs))
-        best = {
-            (k, s): min((r for r in adamw if (r["kind"], r["size"]) == (k, s)), key=lambda r: r["validation"][-1][1])
-            for k, s in models
-        }
-        runs = [{**base, "kind": k, "size": s, "optimizer": "muon", "lr": best[k, s]["lr"]} for k, s in models]
-        ablations = [{**runs[0], "weight_decay": 0.0}, {**runs[0], "adjust_lr_fn": "original"}]
-        *muon, no_decay, original = pool.map(train, [*runs, *ablations])
-    rows = []
-    for (kind, size), run in zip(models, muon, strict=True):
-        reference = best[kind, size]
-        target = reference["validation"][-1][1]
-        reached = steps_to(run["validation"], target)
-        rows.append({"kind": kind, "size": size, "parameters": run["parameters"], "adamw": reference, "muon": run,
-                     "adamw_final": target, "muon_final": run["validation"][-1][1], "steps_to_adamw": reached,
-                     "share_of_steps": reached / args.steps if reached else None})  # fmt: skip
-    print(
-        f"{'model':14s} {'params':>9s} {'AdamW lr':>9s} {'AdamW':>7s} {'Muon':>7s} {'steps to AdamW':>15s}  "
-        "entropy AdamW -> Muon"
-    )
-    for row in rows:
-        share = f"{row['steps_to_adamw']:.0f} ({row['share_of_steps']:.2f})" if row["steps_to_adamw"] else "never"
-        entropy = ", ".join(
-            f"{group} {row['adamw']['entropy'][group]:.3f} -> {value:.3f}"
-            for group, value in row["muon"]["entropy"].items()
+        lrs = [runs[0]["lr"] for runs in best]
+        muon = [runs_of(*model, "muon", lr) for model, lr in zip(models, lrs, strict=True)]
+        short = [[{**run, "steps": round(SHORT * args.steps)} for run in runs] for runs in muon]
+        ablations = [[{**muon[0][0], "weight_decay": 0.0}, {**muon[0][0], "adjust_lr_fn": "original"}]]
+        *trained, (no_decay, original) = train_all([*muon, *short, *ablations])
+    muon, short = trained[: len(models)], trained[len(models) :]
+    rows = [compare(*runs) for runs in zip(best, muon, short, strict=True)]
+    print_rows(rows)
+    print("AdamW's final loss by learning rate, mean over seeds:")
+    for model in models:
+        finals = ", ".join(
+            f"{runs[0]['lr']:g} {statistics.mean(run['validation'][-1][1] for run in runs):.4f}"
+            for runs in sweep
+            if (runs[0]["kind"], runs[0]["size"]) == model
         )
-        print(f"{row['kind'] + ' ' + row['size']:14s} {row['parameters']:9,d} {row['adamw']['lr']:9g} "
-              f"{row['adamw_final']:7.4f} {row['muon_final']:7.4f} {share:>15s}  {entropy}")  # fmt: skip
+        print(f"  {' '.join(model):13s} {finals}")
+    decayed = muon[0][0]
     print("weight RMS of dense small at the end: with decay "
-          f"{muon[0]['weight_rms_curve'][-1][1]:.4f}, without {no_decay['weight_rms_curve'][-1][1]:.4f}")  # fmt: skip
-    for name, run in (("match_rms_adamw", muon[0]), ("original", original)):
+          f"{decayed['weight_rms_curve'][-1][1]:.4f}, without {no_decay['weight_rms_curve'][-1][1]:.4f}")  # fmt: skip
+    for name, run in (("match_rms_adamw", decayed), ("original", original)):
         shapes = ", ".join(f"{shape} {value:.3f}" for shape, value in run["update_rms"].items())
         print(f"update RMS of dense small under {name}: {shapes}; final loss {run['validation'][-1][1]:.4f}")
     if args.json:
-        result = {
-            "machine": describe_machine(),
-            "rows": rows,
-            "adamw_runs": adamw,
-            "no_decay": no_decay,
-            "original": original,
-        }
+        sweep_rows = [{"kind": runs[0]["kind"], "size": runs[0]["size"], "lr": runs[0]["lr"],
+                       "final": [run["validation"][-1][1] for run in runs]} for runs in sweep]  # fmt: skip
+        result = {"machine": describe_machine(), "steps": args.steps, "seeds": args.seeds, "rows": rows,
+                  "adamw_sweep": sweep_rows, "no_decay": no_decay, "original": original}  # fmt: skip
         args.json.write_text(json.dumps(result) + "\n")
     if args.plot:
         plot(rows, args.plot)

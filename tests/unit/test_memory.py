@@ -95,7 +95,7 @@ def test_wires_are_as_large_as_what_travels() -> None:
     for rank in range(4):
         for wave in plan.schedule(rank):
             for transfer in (wave.gather, wave.scatter):
-                shipment = Shipment(transfer, OneOf(rank, 4), torch.bfloat16, torch.device("cpu"))
+                shipment = Shipment(transfer, OneOf(rank, 4), torch.bfloat16, torch.device("cpu"), "")
                 assert bytes_of(shipment.outgoing) == 2 * sum(p.numel for p in transfer.send)
                 assert bytes_of(shipment.incoming) == 2 * sum(p.numel for p in transfer.recv)
                 total[rank] += bytes_of(shipment.outgoing)
