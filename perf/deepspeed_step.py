@@ -5,7 +5,9 @@
 Engines of the same model, gradients and config (fp32, ZeRO stage 1, gradient_clipping 1.0) take turns, ours against
 one peer at a time, so that a drifting machine hits both alike. The clock runs from backward() to the end of step():
 DeepSpeed's own Muon orthogonalizes inside backward(). The backward of the model itself is one multiplication by a
-constant. At the end, what DeepSpeed sends in one step is read from its communication logger, on a smaller model.
+constant. At the end, what DeepSpeed sends in one step is read from its communication logger, on a smaller model. The
+floor is the time of Newton-Schulz at the rate of a large bf16 matmul in the same run (`perf.step`): no optimizer that
+orthogonalizes every matrix once in the standard form is faster.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_muon.integrations.deepspeed import PartitionedOptimizer
+from perf.links import matmul_flops
 from perf.machine import describe_machine
-from perf.step import LAYER
+from perf.step import LAYER, newton_schulz_floor
 
 PEERS = {
     "DeepSpeed Muon, gram": {"type": "Muon", "params": {"lr": 1e-3, "ns_method": "gram", "torch_adam": True}},
@@ -187,6 +190,8 @@ def main() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.init_distributed(verbose=False)
     busy = os.getloadavg()[0]
+    rate = matmul_flops(torch.device("cpu"), 15)
+    floor = newton_schulz_floor(args.layers, dist.get_world_size(), rate)
     pairs = {peer: compare(peer, args.layers, args.rounds) for peer in PEERS}
     wires = {name: wire(config) for name, config in WIRE_CONFIGS.items()}
     if dist.get_rank() == 0:
@@ -207,11 +212,13 @@ def main() -> None:
                     f"  {row['name']:25s} {seconds:7.3f} s, fastest {fastest:7.3f} s; state {state:6.1f} MiB per rank; "
                     f"{row['newton_schulz_runs']} Newton-Schulz runs for {row['matrices']} matrices"
                 )
+        lines.append(f"floor of Newton-Schulz: {floor:.3f} s at the {rate / 1e9:.0f} GFLOP/s of a large matmul")
         lines.append("messages of one step, bytes per parameter (an all-reduce sends each message twice):")
         lines += [f"  {name:44s} {found}" for name, found in wires.items()]
         print("\n".join(lines))
         if args.json:
-            result = {"machine": machine, "world": dist.get_world_size(), "pairs": pairs, "wire": wires}
+            result = {"machine": machine, "world": dist.get_world_size(), "pairs": pairs, "wire": wires,
+                      "floor_seconds": floor}  # fmt: skip
             args.json.write_text(json.dumps(result, indent=1) + "\n")
             args.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     dist.destroy_process_group()

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,10 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from perf.machine import describe_machine
+from perf.wire import WireCounter
 from tests.integrations import megatron_cpu
 from tests.integrations.megatron_job import Case, Job
 from tests.spawn import run_ranks
@@ -41,44 +39,6 @@ THEIRS = {
     "muon_tp_mode": "duplicated",
     "muon_fp32_matmul_prec": "highest",
 }
-
-
-class WireCounter(TorchFunctionMode):
-    """Counts the bytes that collectives and messages send from this rank while `on`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent: Counter[str] = Counter()
-        self.on = False
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if self.on and getattr(func, "__module__", "").startswith("torch.distributed"):
-            self.sent[name] += _sent(name, args, kwargs)
-        return func(*args, **kwargs)
-
-
-def _sent(name: str, args: tuple, kwargs: dict) -> int:
-    """Bytes that leave a rank, by the ring algorithm of each collective."""
-    groups = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup)]
-    size = dist.get_world_size(groups[0] if groups else None)
-    share = (size - 1) / size
-    if name == "isend":
-        return _bytes(args[0])
-    if name == "all_reduce":
-        return round(2 * share * _bytes(args[0]))
-    if name.startswith("reduce_scatter"):
-        return round(share * _bytes(args[1]))
-    if name in ("all_gather_into_tensor", "all_gather_single"):
-        return round(share * _bytes(args[0]))
-    if name == "all_gather":
-        return round(share * sum(map(_bytes, args[0])))
-    return _bytes(args[0]) if name in ("broadcast", "all_to_all_single") else 0
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
 
 
 def contenders(tp: int) -> dict[str, Callable[[], Job]]:
@@ -140,9 +100,12 @@ def state_bytes(optimizer: Any) -> int:
         return sum(map(state_bytes, children))
     inner = optimizer.optimizer
     params = [param for group in inner.param_groups for param in group["params"]]
-    held = sum(_bytes(param) for param in params if param.dtype == torch.float32)
+    held = sum(param.nbytes for param in params if param.dtype == torch.float32)
     return held + sum(
-        _bytes(v) for state in inner.state.values() for v in state.values() if torch.is_tensor(v) and v.ndim
+        value.nbytes
+        for state in inner.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.ndim
     )
 
 

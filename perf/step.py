@@ -2,8 +2,12 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m perf.step [--json FILE]
 
-Every contender starts with each rank's own gradients in p.grad and ends with updated whole parameters on
-every rank. Contenders take turns within a round, so a drifting machine hits all alike; medians are printed.
+Every contender (`perf.peers`) starts with each rank's own gradients in p.grad and ends with updated whole
+parameters on every rank. Contenders take turns within a round, so a drifting machine hits all alike; medians are
+printed. Beside them, of the rank that has most: bytes of optimizer state, bytes sent (counted at torch.distributed),
+transient bytes (allocated at the peak of a step and freed again), and matrices orthogonalized. The floor is the time
+that the Newton-Schulz FLOPs of the standard form, shared evenly, take at the rate of a large bf16 matmul measured in
+the same run.
 """
 
 from __future__ import annotations
@@ -12,151 +16,126 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from distributed_muon import DistributedMuon
+from distributed_muon.newton_schulz import ns_flops
+from launch.world import World, open_world
+from perf.links import matmul_flops
 from perf.machine import describe_machine
+from perf.memory import transient_bytes
+from perf.peers import Contender, contenders
+from perf.wire import WireCounter
 
 LAYER = ((1024, 1024),) * 4 + ((4096, 1024), (1024, 4096))
+NS_STEPS = 5
 
 
-@dataclass
-class Contender:
-    """One optimizer under test: `step()` goes from local p.grad to whole updated parameters."""
-
-    name: str
-    params: list[nn.Parameter]
-    step: Callable[[], None]
-    state_bytes: Callable[[], int]
-    report: Callable[[], dict[str, Any]] = dict
+def newton_schulz_floor(layers: int, world_size: int, rate: float) -> float:
+    """Seconds of the standard form's FLOPs of so many LAYERs, shared evenly, at `rate` FLOP/s per rank."""
+    return layers * sum(ns_flops(*shape, NS_STEPS, "standard") for shape in LAYER) / world_size / rate
 
 
-def _average(params: Sequence[nn.Parameter]) -> None:
-    """Flat all-reduce of all gradients, as a hand-written data-parallel loop does it."""
-    flat = torch.cat([p.grad.reshape(-1) for p in params])
-    dist.all_reduce(flat)
-    flat.div_(dist.get_world_size())
-    for param, part in zip(params, flat.split([p.numel() for p in params]), strict=True):
-        param.grad = part.view(param.shape)
-
-
-def _optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    tensors = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _ours(name: str, shapes: Sequence[tuple[int, int]], algorithm: str, strategy: str) -> Contender:
-    params = _params(shapes)
-    group = {"params": params, "algorithm": algorithm}
-    optimizer = DistributedMuon([group], lr=1e-3, strategy=strategy)
-    optimizer.track()
-
-    def step() -> None:
-        optimizer.step()
-
-    return Contender(name, params, step, lambda: _optimizer_bytes(optimizer), optimizer.step_report)
-
-
-def _replicated_muon(shapes: Sequence[tuple[int, int]]) -> Contender:
-    params = _params(shapes)
-    optimizer = torch.optim.Muon(params, lr=1e-3, adjust_lr_fn="match_rms_adamw")
-
-    def step() -> None:
-        _average(params)
-        optimizer.step()
-
-    return Contender("all-reduce + torch.optim.Muon", params, step, lambda: _optimizer_bytes(optimizer))
-
-
-def _zero_redundancy(shapes: Sequence[tuple[int, int]]) -> Contender:
-    params = _params(shapes)
-    optimizer = ZeroRedundancyOptimizer(params, torch.optim.AdamW, lr=1e-3, foreach=True)
-
-    def step() -> None:
-        _average(params)
-        optimizer.step()
-
-    return Contender("ZeroRedundancyOptimizer(AdamW)", params, step, lambda: _optimizer_bytes(optimizer.optim))
-
-
-def _params(shapes: Sequence[tuple[int, int]]) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in shapes]
-
-
-def measure(contenders: Sequence[Contender], rounds: int) -> list[dict[str, Any]]:
-    """Median seconds of each contender over `rounds` interleaved rounds, after one round of warm-up."""
-    generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    grads = [torch.randn(p.shape, generator=generator) for p in contenders[0].params]
-    seconds: dict[str, list[float]] = {c.name: [] for c in contenders}
-    reports: dict[str, list[dict[str, Any]]] = {c.name: [] for c in contenders}
-    for turn in range(rounds + 1):
-        for contender in contenders:
+def measure(competitors: Sequence[Contender], rounds: int, world: World) -> list[dict[str, Any]]:
+    """Each contender's medians over `rounds` interleaved rounds, after one that warms up and counts; collective."""
+    generator = torch.Generator().manual_seed(1 + world.rank)
+    grads = [torch.randn(p.shape, generator=generator).to(world.device) for p in competitors[0].params]
+    seconds: dict[str, list[float]] = {c.name: [] for c in competitors}
+    reports: dict[str, list[dict[str, Any]]] = {c.name: [] for c in competitors}
+    most: dict[str, list[int]] = {}
+    for turn in range(rounds + 2):
+        for contender in competitors:
             for param, grad in zip(contender.params, grads, strict=True):
                 param.grad = grad.clone()
-            dist.barrier()
-            begin = time.perf_counter()
-            contender.step()
-            dist.barrier()
-            if turn:
+            world.barrier()
+            if turn == 0:
+                contender.step()
+            elif turn == 1:
+                # Dynamo cannot trace the counter.
+                with torch.compiler.set_stance("force_eager"), WireCounter() as wire:
+                    wire.on = True
+                    peak = transient_bytes(contender.step, world.device)
+                counts = [contender.state_bytes(), wire.sent.total(), peak, contender.ns_calls()]
+                most[contender.name] = _largest(counts, world)
+            else:
+                begin = time.perf_counter()
+                contender.step()
+                world.synchronize()
+                world.barrier()
                 seconds[contender.name].append(time.perf_counter() - begin)
                 reports[contender.name].append(contender.report())
             for param in contender.params:
                 param.grad = None
     rows = []
-    for contender in contenders:
+    for contender in competitors:
         phases = [report.get("seconds", {}) for report in reports[contender.name]]
-        last = reports[contender.name][-1]
+        state, sent, transient, calls = most[contender.name]
         rows.append(
             {
                 "name": contender.name,
                 "seconds": statistics.median(seconds[contender.name]),
                 "seconds_all": seconds[contender.name],
-                "state_bytes": contender.state_bytes(),
-                "sent_bytes": last.get("bytes"),
-                "ns_calls": last.get("ns_calls"),
-                "phases": {key: statistics.median(p[key] for p in phases) for key in (phases[0] if phases else {})},
+                "state_bytes": state,
+                "sent_bytes": sent,
+                "transient_bytes": transient,
+                "ns_calls": calls,
+                "phases": {key: statistics.median(p[key] for p in phases) for key in phases[0]},
+                "communication": reports[contender.name][-1].get("communication", {}),
             }
         )
     return rows
+
+
+def _largest(values: list[int], world: World) -> list[int]:
+    """Elementwise maximum over the ranks; collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [int(value) for value in tensor.tolist()]
+
+
+def print_rows(rows: Sequence[dict[str, Any]], floor: float, rate: float) -> None:
+    """The table, and where the time of the first row went."""
+    base, mib = rows[0]["seconds"], 2**20
+    print(f"{'':32s} {'seconds':>8s} {'x ours':>7s} {'state':>10s} {'sent':>10s} {'transient':>10s} {'NS':>5s}")
+    for row in rows:
+        sizes = " ".join(f"{row[f'{key}_bytes'] / mib:6.1f} MiB" for key in ("state", "sent", "transient"))
+        print(f"{row['name']:32s} {row['seconds']:8.3f} {row['seconds'] / base:7.2f} {sizes} {row['ns_calls']:5d}")
+    print(f"floor of Newton-Schulz: {floor:.3f} s at the {rate / 1e9:.0f} GFLOP/s of a large matmul on one rank")
+    print(f"{rows[0]['name']}, median seconds by phase on rank 0:")
+    for phase, value in rows[0]["phases"].items():
+        print(f"  {phase:22s} {value:7.3f}")
+    print("and by collective, of one step:")
+    for label, counts in rows[0]["communication"].items():
+        print(f"  {label:22s} {counts['calls']:3d} calls, {counts['bytes'] / mib:7.2f} MiB, exposed "
+              f"{counts['exposed_seconds']:.3f} s, hidden {counts['hidden_seconds']:.3f} s")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=8, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ours", action="store_true", help="leave the others' optimizers out")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--json", type=Path, help="write the result here (rank 0)")
     args = parser.parse_args()
-    dist.init_process_group("gloo")
-    shapes = LAYER * args.layers
-    contenders = [
-        _ours("DistributedMuon home", shapes, "muon", "home"),
-        _ours("DistributedMuon gather", shapes, "muon", "gather"),
-        _ours("DistributedMuon AdamW", shapes, "adamw", "home"),
-        _replicated_muon(shapes),
-        _zero_redundancy(shapes),
-    ]
-    rows = measure(contenders, args.rounds)
-    if dist.get_rank() == 0:
-        base = rows[0]["seconds"]
-        for row in rows:
-            print(f"{row['name']:34s} {row['seconds']:8.3f} s  {row['seconds'] / base:5.2f} x ours  "
-                  f"state {row['state_bytes'] / 2**20:8.1f} MiB")  # fmt: skip
-        print("phases of DistributedMuon home (rank 0, median seconds):")
-        for phase, value in rows[0]["phases"].items():
-            print(f"  {phase:22s} {value:7.3f}")
-        result = {"machine": describe_machine(), "world": dist.get_world_size(), "layers": args.layers, "rows": rows}
+    with open_world(args.device) as world:
+        if world.size == 1:
+            raise SystemExit("error: one rank reduces nothing: start with torchrun --nproc_per_node 2 or more")
+        shapes = LAYER * args.layers
+        rate = matmul_flops(world.device, args.rounds)
+        floor = newton_schulz_floor(args.layers, world.size, rate)
+        rows = measure(list(contenders(shapes, world.device, not args.ours)), args.rounds, world)
+        if not world.main:
+            return
+        print_rows(rows, floor, rate)
         if args.json:
-            args.json.write_text(json.dumps(result, indent=1))
-    dist.destroy_process_group()
+            result = {"machine": describe_machine(), "world": world.size, "layers": args.layers, "rows": rows,
+                      "floor_seconds": floor, "matmul_flops": rate}  # fmt: skip
+            args.json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
