@@ -32,7 +32,7 @@ def one_home(layout: Layout, newton_schulz: NewtonSchulz, busy: Sequence[int] = 
     costs = [newton_schulz.flops(matrix) for matrix in layout.matrices]
     holders = _holders(layout)
     base = list(busy) or [0] * layout.world
-    teams = _team_firsts(layout)
+    teams = {blocks.start: len(blocks) for blocks in layout.together if len(blocks) > 1}
     seats = _seat(teams, costs, base)
     homes = {first + i: seats[first] + i for first, size in teams.items() for i in range(size)}
     order = sorted((m for m in range(len(costs)) if m not in homes), key=lambda m: (-costs[m], m))
@@ -101,17 +101,6 @@ def _seat(sizes: Mapping[int, int], costs: Sequence[float], loads: list[float] |
                 loads[rank] += costs[team]
             seats[team] = first
     return seats
-
-
-def _team_firsts(layout: Layout) -> dict[int, int]:
-    """Per team of the layout, named by its first block, how many ranks it has."""
-    firsts, block = {}, 0
-    while block < len(layout.matrices):
-        size = layout.matrices[block].team
-        if size > 1:
-            firsts[block] = size
-        block += size
-    return firsts
 
 
 def _holders(layout: Layout) -> list[dict[int, int]]:

@@ -89,6 +89,15 @@ class Layout:
         """Per matrix, the number of the tensor it is part of."""
         return [tensor for tensor, spec in enumerate(self.tensors) for _ in spec.matrices()]
 
+    @cached_property
+    def together(self) -> list[range]:
+        """Matrix numbers that are orthogonalized together, in order: the blocks of a team, or one whole matrix."""
+        runs, at = [], 0
+        while at < len(self.matrices):
+            runs.append(range(at, at + self.matrices[at].team))
+            at = runs[-1].stop
+        return runs
+
     @staticmethod
     def build(
         tensors: Sequence[TensorSpec],

@@ -113,13 +113,10 @@ class Plan:
     @cached_property
     def teams(self) -> dict[int, tuple[int, ...]]:
         """For every block, the ranks of its team in the order of their blocks; nothing for whole matrices."""
-        teams, block = {}, 0
-        while block < len(self.homes):
-            size = self.layout.matrices[block].team
-            if size > 1:
-                members = tuple(home for homes in self.homes[block : block + size] for home in homes)
-                teams.update(dict.fromkeys(range(block, block + size), members))
-            block += size
+        teams = {}
+        for blocks in self.layout.together:
+            if len(blocks) > 1:
+                teams.update(dict.fromkeys(blocks, tuple(home for block in blocks for home in self.homes[block])))
         return teams
 
     @cached_property
@@ -267,14 +264,11 @@ def _waves(layout: Layout, homes: Sequence[tuple[int, ...]], wave_numel: int) ->
     """Give every home about `wave_numel` elements per wave, in forward order, so that homes finish together."""
     taken = [0] * layout.world
     waves: dict[int, list[int]] = defaultdict(list)
-    index = 0
-    while index < len(homes):
-        # The blocks of a team belong into one wave: their ranks meet in its collectives.
-        together = range(index, index + layout.matrices[index].team)
+    # The blocks of a team belong into one wave: their ranks meet in its collectives.
+    for together in layout.together:
         wave = max(taken[home] // wave_numel for block in together for home in homes[block])
         for block in together:
             for home in homes[block]:
                 taken[home] = max(taken[home], wave * wave_numel) + layout.matrices[block].numel
             waves[wave].append(block)
-        index = together.stop
     return tuple(tuple(waves[wave]) for wave in sorted(waves))
