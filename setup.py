@@ -7,7 +7,8 @@ from setuptools import find_packages, setup
 PLOT = ["matplotlib>=3.8"]
 DEEPSPEED = ["deepspeed>=0.19.8"]
 MEGATRON = ["megatron-core>=0.16.1", "psutil"]
-TRAIN = ["tokenizers>=0.20", "safetensors>=0.4.3", "tqdm>=4.66", "PyYAML>=6.0", *PLOT]
+TRAIN = ["tokenizers>=0.20", "safetensors>=0.4.3", "rich>=13.0", "tensorboard>=2.14", "PyYAML>=6.0", *PLOT]
+PEERS = ["muon-fsdp2>=0.3", "dtensor-muon>=0.1"]  # that perf.step compares with
 TEST = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -30,9 +31,10 @@ setup(
     extras_require={
         "deepspeed": DEEPSPEED,
         "megatron": MEGATRON,
+        "peers": PEERS,
         "plot": PLOT,
         "train": TRAIN,
         "test": TEST,
-        "all": sorted({*DEEPSPEED, *MEGATRON, *TRAIN, *TEST}),
+        "all": sorted({*DEEPSPEED, *MEGATRON, *PEERS, *TRAIN, *TEST}),
     },
 )

@@ -13,8 +13,25 @@ import yaml
 
 from launch.data import TokenData, load_data
 from launch.models import MODELS, CausalLM, add_size_flags, build_model, cast_parameters, sizes_from_flags
+from launch.trackers import TRACKERS, check_installed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def trainer_parser(description: str) -> argparse.ArgumentParser:
+    """A parser with the flags that every trainer has: model, data, run and schedule.
+
+    Args:
+        description: the trainer's docstring, of which the first line is shown.
+    """
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add_model_flags(parser)
+    add_data_flags(parser)
+    add_run_flags(parser)
+    add_schedule_flags(parser)
+    return parser
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +78,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--validation-interval", type=int, default=40, help="steps between validations")
     run.add_argument("--validation-samples", type=int, default=128, help="held-out samples per validation")
     run.add_argument("--log-interval", type=int, default=10, help="steps between lines without a terminal")
+    run.add_argument(
+        "--log-to",
+        nargs="*",
+        choices=TRACKERS,
+        default=["tensorboard"],
+        help="where metrics go beside metrics.jsonl; no name: nowhere. WANDB_PROJECT and MLFLOW_TRACKING_URI say where",
+    )
 
 
 def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +97,23 @@ def add_schedule_flags(parser: argparse.ArgumentParser) -> None:
     schedule.add_argument("--clip", type=float, default=1.0, help="limit on the global gradient norm")
     # DeepSeek-V3's 1e-3 balances over thousands of steps; the default run has a few hundred.
     schedule.add_argument("--expert-bias-rate", type=float, default=1e-2, help="step of the router biases")
+
+
+def add_muon_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What `muon_options` reads; returns the group, for more of them."""
+    muon = parser.add_argument_group("muon")
+    muon.add_argument("--momentum", type=float, default=0.95)
+    muon.add_argument("--ns-steps", type=int, default=5, help="Newton-Schulz steps")
+    muon.add_argument("--ns-coefficients", default="quintic", help="coefficient table")
+    muon.add_argument("--ns-form", choices=("auto", "standard", "gram"), default="auto")
+    muon.add_argument("--ns-dtype", choices=DTYPES, default="bf16", help="of Newton-Schulz and what travels for it")
+    return muon
+
+
+def muon_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of Muon optimizers."""
+    names = ("momentum", "ns_steps", "ns_coefficients", "ns_form", "strategy")
+    return {**{name: getattr(args, name) for name in names}, "ns_dtype": DTYPES[args.ns_dtype]}
 
 
 def parse(parser: argparse.ArgumentParser, words: list[str] | None = None) -> argparse.Namespace:
@@ -101,6 +142,7 @@ def parse(parser: argparse.ArgumentParser, words: list[str] | None = None) -> ar
     for name in (*counts, "checkpoint_interval", "keep_checkpoints", "validation_interval", "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check_installed(args.log_to)
     return args
 
 

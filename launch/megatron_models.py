@@ -16,6 +16,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from torch import nn
 
+from launch import arguments
+from launch.megatron_weights import load_plain_weights
 from launch.models import MODELS, DenseConfig, MoonlightConfig, sizes_from_flags
 
 try:
@@ -25,6 +27,7 @@ try:
 except ImportError:
     TRANSFORMER_ENGINE = False
 
+_LATENT_EPS = 1e-6  # of the norm of MLA's latent, which the published models leave at this whatever the others have
 _VOCAB_MULTIPLE = 128  # rows of the embedding, so that any TP size divides them and checkpoints fit all
 
 
@@ -109,7 +112,10 @@ def _moonlight(sizes: MoonlightConfig, args: argparse.Namespace) -> dict[str, An
 
 
 def build_chunks(args: argparse.Namespace, config: TransformerConfig, vocab_size: int) -> list[nn.Module]:
-    """This rank's model chunks, wrapped in DDP; parallel_state must be initialized."""
+    """This rank's model chunks, wrapped in DDP; parallel_state must be initialized.
+
+    With --init plain they start from the weights of the plain trainer's model of the same seed.
+    """
     stages = range(args.vpp) if args.vpp else [None]
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
@@ -118,14 +124,20 @@ def build_chunks(args: argparse.Namespace, config: TransformerConfig, vocab_size
         overlap_param_gather=args.overlap,
         bucket_size=None if args.bucket_mb is None else round(args.bucket_mb * 2**18),
     )
-    return [_wrap(args, config, replace(ddp_config), _gpt(args, config, vocab_size, stage)) for stage in stages]
+    models = [_gpt(args, config, vocab_size, stage) for stage in stages]
+    if args.init == "plain":
+        weights = arguments.make_model(args, vocab_size, torch.device("cpu")).state_dict()
+        for model in models:
+            load_plain_weights(model, weights)
+    return [_wrap(args, config, replace(ddp_config), model) for model in models]
 
 
-def _gpt(args: argparse.Namespace, config: TransformerConfig, vocab_size: int, stage: int | None) -> nn.Module:
+def _gpt(args: argparse.Namespace, config: TransformerConfig, vocab_size: int, stage: int | None) -> GPTModel:
     sizes = _sizes(args)
+    spec = get_gpt_decoder_block_spec(config, TRANSFORMER_ENGINE, normalization="RMSNorm", vp_stage=stage)
     model = GPTModel(
         config,
-        get_gpt_decoder_block_spec(config, TRANSFORMER_ENGINE, normalization="RMSNorm", vp_stage=stage),
+        spec,
         vocab_size=math.ceil(vocab_size / _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE,
         max_sequence_length=args.sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
@@ -135,13 +147,21 @@ def _gpt(args: argparse.Namespace, config: TransformerConfig, vocab_size: int, s
         rotary_base=round(sizes.rope_theta),
         vp_stage=stage,
     )
-    model = model.to(torch.cuda.current_device())
-    return Float16Module(config, model) if config.bf16 else model
+    if config.multi_latent_attention:
+        for layer in model.decoder.layers:
+            # Megatron's "qk_layernorm" would norm the query as well, which is not compressed here.
+            norm = nn.RMSNorm(config.kv_lora_rank, eps=_LATENT_EPS, dtype=config.params_dtype)
+            norm.weight.sequence_parallel = config.sequence_parallel
+            layer.self_attention.kv_layernorm = norm
+    return model
 
 
 def _wrap(
-    args: argparse.Namespace, config: TransformerConfig, ddp_config: DistributedDataParallelConfig, model: nn.Module
+    args: argparse.Namespace, config: TransformerConfig, ddp_config: DistributedDataParallelConfig, gpt: GPTModel
 ) -> nn.Module:
+    model: nn.Module = gpt.to(torch.cuda.current_device())
+    if config.bf16:
+        model = Float16Module(config, model)
     keywords = {}
     if args.aligned:
         from distributed_muon.integrations.megatron import shard_aligned_param_layout

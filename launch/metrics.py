@@ -1,30 +1,21 @@
-"""What a run leaves behind for people: metrics.jsonl, progress on the terminal, a plot of the loss."""
+"""The numbers that a run leaves behind: metrics.jsonl, and a plot of the loss."""
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
-_SHOWN = ("loss", "lr", "grad_norm", "seconds")
-
 
 class MetricsWriter:
-    """Appends one JSON object per line to a file.
+    """Appends one JSON object per line to a file; on one rank only.
 
     Args:
         path: the file; its directory is created where missing.
         done: steps that a resumed run keeps; lines of later steps are dropped. 0 starts a new file.
-        enabled: False on all ranks but one.
     """
 
-    def __init__(self, path: Path, done: int, enabled: bool) -> None:
-        self._file = None
-        if not enabled:
-            return
+    def __init__(self, path: Path, done: int) -> None:
         kept = [line for line in read_metrics(path) if line["step"] <= done] if done else []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
@@ -33,13 +24,11 @@ class MetricsWriter:
 
     def write(self, values: Mapping[str, object]) -> None:
         """Write one line, at once, so that a killed run keeps it; `step` is required."""
-        if self._file is not None:
-            self._file.write(json.dumps(values) + "\n")
-            self._file.flush()
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._file.close()
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -51,40 +40,6 @@ def read_metrics(path: Path) -> list[dict]:
         except json.JSONDecodeError:
             break
     return lines
-
-
-class Progress:
-    """A tqdm bar on a terminal, plain lines elsewhere.
-
-    Args:
-        steps, done: length of the run, and where a resumed one starts.
-        interval: steps between plain lines.
-        enabled: False on all ranks but one.
-    """
-
-    def __init__(self, steps: int, done: int, interval: int, enabled: bool) -> None:
-        self._steps, self._interval, self._enabled = steps, interval, enabled
-        bar = enabled and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True) if bar else None
-
-    def update(self, metrics: Mapping[str, float]) -> None:
-        """Show a step that is done: its number, and the values that are worth a look."""
-        step = int(metrics["step"])
-        text = " ".join(f"{name} {metrics[name]:.4g}" for name in _SHOWN if name in metrics)
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(text, refresh=False)
-        elif self._enabled and (step % self._interval == 0 or step == self._steps):
-            print(f"step {step}/{self._steps} {text}", flush=True)
-
-    def note(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self._enabled:
-            tqdm.write(text) if self._bar is not None else print(text, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 def plot_losses(runs: Mapping[str, Path], target: Path, baseline: float | None = None) -> None:

@@ -9,17 +9,16 @@ The last line on stdout is a JSON object with the results.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from distributed_muon import DistributedMuon, checkpoint, muon_param_groups
 from launch import arguments
-from launch.metrics import MetricsWriter, Progress, plot_losses
+from launch.loop import train
 from launch.models import CausalLM, update_expert_bias
-from launch.run_dir import METRICS, PLOT, RunDirectory
+from launch.run_dir import RunDirectory
 from launch.schedule import cosine_schedule
 from launch.validation import validation_loss
 from launch.world import StopRequest, World, open_world
@@ -27,46 +26,37 @@ from launch.world import StopRequest, World, open_world
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line; every default together is the job of `make train`."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    arguments.add_model_flags(parser)
-    arguments.add_data_flags(parser)
-    arguments.add_run_flags(parser)
-    arguments.add_schedule_flags(parser)
+    parser = arguments.trainer_parser(__doc__)
     optimizer = parser.add_argument_group("optimizer")
     optimizer.add_argument("--optimizer", choices=("muon", "adamw"), default="muon", help="for hidden matrices")
-    optimizer.add_argument("--momentum", type=float, default=0.95, help="of Muon")
-    optimizer.add_argument("--ns-steps", type=int, default=5, help="Newton-Schulz steps")
-    optimizer.add_argument("--ns-coefficients", default="quintic", help="coefficient table")
-    optimizer.add_argument("--ns-form", choices=("auto", "standard", "gram"), default="auto")
-    optimizer.add_argument("--strategy", choices=("auto", "home", "gather"), default="auto")
+    arguments.add_muon_flags(parser).add_argument(
+        "--strategy", choices=("auto", "home", "gather"), default="auto", help="where matrices are orthogonalized"
+    )
     optimizer.add_argument("--layout", choices=("auto", "flat", "bucketed", "aligned"), default="auto")
     optimizer.add_argument("--bucket-mb", type=float, help="MiB of fp32 gradient per bucket")
     optimizer.add_argument(
         "--overlap-param-gather", action="store_true", help="all-gather parameters under the next forward"
     )
     args = arguments.parse(parser, words)
-    if args.run_dir is None:
-        args.run_dir = Path("runs") / f"{args.model}-{args.optimizer}"
+    args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{args.optimizer}"
     return args
 
 
 def make_optimizer(args: argparse.Namespace, model: CausalLM) -> DistributedMuon:
     """Muon for hidden matrices and AdamW for the rest, or AdamW for everything; ZeRO-1 either way."""
     if args.optimizer == "muon":
-        groups = muon_param_groups(model)
+        groups = muon_param_groups(model, vector_weight_decay=0.0)
     else:
-        groups = [{"params": list(model.named_parameters()), "algorithm": "adamw"}]
+        matrices, vectors = ([(n, p) for n, p in model.named_parameters() if (p.ndim > 1) == b] for b in (True, False))
+        groups = [
+            {"params": matrices, "algorithm": "adamw"},
+            {"params": vectors, "algorithm": "adamw", "weight_decay": 0.0},
+        ]
     optimizer = DistributedMuon(
         groups,
         lr=args.lr,
         weight_decay=args.weight_decay,
-        momentum=args.momentum,
-        ns_coefficients=args.ns_coefficients,
-        ns_steps=args.ns_steps,
-        ns_form=args.ns_form,
-        strategy=args.strategy,
+        **arguments.muon_options(args),
         layout=args.layout,
         bucket_mb=args.bucket_mb,
     )
@@ -76,7 +66,7 @@ def make_optimizer(args: argparse.Namespace, model: CausalLM) -> DistributedMuon
 
 
 class Trainer:
-    """One training run: its model, optimizer and data, and the steps done so far.
+    """A run of `launch.loop.train` in plain PyTorch.
 
     Args:
         args: from `parse_arguments`.
@@ -88,48 +78,32 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         self.args, self.world = args, world
-        self.stop = StopRequest()
+        self.kind = self.title = args.optimizer
         self.run = RunDirectory(args.run_dir, world, args.keep_checkpoints)
         begin = self.run.start(args.resume)
         self.data = arguments.make_data(args)
         self.model = arguments.make_model(args, self.data.vocab_size, world.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = make_optimizer(args, self.model)
+        self.samples_per_step = world.size * args.accumulation * args.batch_size
         self.done = 0
         if begin is not None:
             extra = checkpoint.load(begin, self.model, self.optimizer)
             self.done = extra["step"]
-            if world.main and extra["samples_per_step"] != self._samples_per_step:
+            if world.main and extra["samples_per_step"] != self.samples_per_step:
                 print(
-                    f"note: {self._samples_per_step} samples per step, before {extra['samples_per_step']}: "
+                    f"note: {self.samples_per_step} samples per step, before {extra['samples_per_step']}: "
                     "choose --accumulation and --batch-size to keep the number"
                 )
         self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
-        self.seconds = self.optimizer_seconds = 0.0  # of this process, since it started
-        self._first = self.done
-        # Every rank must have looked for checkpoints before rank 0 writes one.
-        world.barrier()
 
-    @property
-    def _samples_per_step(self) -> int:
-        return self.world.size * self.args.accumulation * self.args.batch_size
-
-    @property
-    def tokens_per_second(self) -> float:
-        tokens = (self.done - self._first) * self._samples_per_step * self.args.sequence_length
-        return tokens / self.seconds if self.seconds else 0.0
-
-    def train_step(self) -> tuple[dict[str, float], bool]:
-        """One optimizer step; collective.
-
-        Returns:
-            The step's metrics, the same on every rank but for the seconds, and whether some rank was asked
-            to stop.
+    def train_step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
+        """One optimizer step, as `launch.loop.Trainer` has it; collective.
 
         Raises:
             FloatingPointError: a gradient is not finite; no parameter has been changed.
         """
         args, world = self.args, self.world
-        started = time.perf_counter()
         local_loss = 0.0
         for microbatch in range(args.accumulation):
             tokens, targets = self.data.batch(
@@ -145,7 +119,7 @@ class Trainer:
                 loss = self.model(*world.to_device(tokens, targets)) / args.accumulation
                 loss.backward()
             local_loss += loss.item()
-        loss_sum, stop = world.sum(local_loss, self.stop.requested)
+        loss_sum, stopping = world.sum(local_loss, stop.requested)
         backward_done = time.perf_counter()
         lr = self.schedule.get_last_lr()[0]
         norm = float(self.optimizer.clip_grad_norm_(args.clip))
@@ -155,97 +129,47 @@ class Trainer:
         optimizer_done = time.perf_counter()
         self.schedule.step()
         balance = update_expert_bias(self.model, args.expert_bias_rate)
-        seconds, optimizer_seconds = time.perf_counter() - started, optimizer_done - backward_done
         self.done += 1
-        self.seconds += seconds
-        self.optimizer_seconds += optimizer_seconds
         metrics = {
-            "step": self.done,
             "loss": loss_sum / world.size,
             "lr": lr,
             "grad_norm": norm,
-            "seconds": seconds,
-            "optimizer_seconds": optimizer_seconds,
+            "optimizer_seconds": optimizer_done - backward_done,
         }
+        if world.size > 1:
+            metrics["exposed_seconds"] = exposed_seconds(self.optimizer)
         if balance is not None:
             metrics["expert_load_max_over_mean"] = balance
-        return metrics, stop > 0
+        return metrics, stopping > 0
 
     def validate(self) -> float:
         """Validation loss now; collective."""
         return validation_loss(self.model, self.data, self.world, self.args.validation_samples, self.args.batch_size)
 
     def save(self) -> None:
-        """Checkpoint now; collective."""
-        extra = {"step": self.done, "samples_per_step": self._samples_per_step}
+        """Checkpoint now, unless it is there; collective."""
+        extra = {"step": self.done, "samples_per_step": self.samples_per_step}
         self.run.save(self.done, lambda path: checkpoint.save(path, self.model, self.optimizer, extra))
 
+    def explain(self) -> str:
+        """Homes and waves of the matrices."""
+        return self.optimizer.plan.explain()
 
-def train(args: argparse.Namespace, world: World) -> None:
-    """Train to the end or to an agreed stop, then print the results; collective."""
-    try:
-        trainer = Trainer(args, world)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    directory, parameters = args.run_dir, sum(p.numel() for p in trainer.model.parameters())
-    writer = MetricsWriter(directory / METRICS, trainer.done, world.main)
-    unigram = trainer.data.unigram_loss(args.validation_samples)
-    if world.main:
-        settings = json.dumps({**vars(args), "world_size": world.size}, indent=2, default=str)
-        (directory / "settings.json").write_text(settings + "\n")
-        (directory / "plan.txt").write_text(trainer.optimizer.plan.explain() + "\n")
-    progress = Progress(args.steps, trainer.done, args.log_interval, world.main)
-    progress.note(
-        f"{args.model} of {parameters:,} parameters, {args.optimizer}, {world.size} x {world.device}; "
-        f"unigram validation loss {unigram:.4f}; writing to {directory}"
-    )
+    def results(self) -> dict[str, Any]:
+        """The chosen optimizer."""
+        return {"optimizer": self.args.optimizer}
 
-    validation: tuple[int, float] = (-1, math.nan)  # step, loss
-    stopping = False
-    while trainer.done < args.steps and not stopping:
-        metrics, stopping = trainer.train_step()
-        progress.update(metrics)
-        writer.write(metrics)
-        if trainer.done % args.validation_interval == 0 and not stopping:
-            validation = (trainer.done, trainer.validate())
-            progress.note(f"step {trainer.done} val_loss {validation[1]:.4f}")
-            writer.write({"step": trainer.done, "val_loss": validation[1]})
-        if trainer.done % args.checkpoint_interval == 0:
-            trainer.save()
-    trainer.save()
-    if trainer.done < args.steps:
-        progress.note(f"stopped after step {trainer.done}; continue with --resume --run-dir {directory}")
-        progress.close()
-        return
-    if validation[0] != trainer.done:
-        validation = (trainer.done, trainer.validate())
-        writer.write({"step": trainer.done, "val_loss": validation[1]})
-    progress.close()
-    writer.close()
-    if not world.main:
-        return
-    plot_losses({f"{args.model} {args.optimizer}": directory / METRICS}, directory / PLOT, unigram)
-    results = {
-        "final_val_loss": validation[1],
-        "unigram_val_loss": unigram,
-        "tokens_per_second": trainer.tokens_per_second,
-        "optimizer_seconds_share": trainer.optimizer_seconds / max(trainer.seconds, 1e-9),
-        "steps": trainer.done,
-        "world_size": world.size,
-        "model": args.model,
-        "optimizer": args.optimizer,
-        "parameters": parameters,
-        "run_dir": str(directory),
-    }
-    (directory / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-    print(json.dumps(results), flush=True)
+
+def exposed_seconds(optimizer: DistributedMuon) -> float:
+    """Seconds that this rank's last step waited for collectives."""
+    return sum(counts["exposed_seconds"] for counts in optimizer.local_report()["communication"].values())
 
 
 def main() -> None:
     """Entry point."""
     args = parse_arguments()
     with open_world(args.device) as world:
-        train(args, world)
+        train(Trainer, args, world)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ on stdout is a JSON object with the results.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -22,16 +20,16 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import Tensor, nn
 
 from distributed_muon.integrations.megatron import get_distributed_muon_optimizer
 from launch import arguments
-from launch.megatron_models import build_chunks, transformer_config
-from launch.metrics import MetricsWriter, Progress, plot_losses
-from launch.run_dir import METRICS, PLOT, RunDirectory
+from launch.loop import train
+from launch.megatron_models import TRANSFORMER_ENGINE, build_chunks, transformer_config
+from launch.run_dir import RunDirectory
+from launch.schedule import warmup_cosine
 from launch.world import StopRequest, World, open_world
 
 Batch = tuple[Tensor, Tensor]
@@ -39,13 +37,13 @@ Batch = tuple[Tensor, Tensor]
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line, after the flags of the --config file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    parser = arguments.trainer_parser(__doc__)
+    parser.add_argument(
+        "--init",
+        choices=("plain", "megatron"),
+        default="plain",
+        help="initial weights: the plain trainer's of this seed, built whole on every rank, or Megatron's own",
     )
-    arguments.add_model_flags(parser)
-    arguments.add_data_flags(parser)
-    arguments.add_run_flags(parser)
-    arguments.add_schedule_flags(parser)
     parallel = parser.add_argument_group("parallelism", "data parallelism takes the ranks that are left")
     parallel.add_argument("--tp", type=int, default=1, help="tensor-parallel size, with sequence parallelism")
     parallel.add_argument("--pp", type=int, default=1, help="pipeline stages")
@@ -55,20 +53,16 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parallel.add_argument("--overlap", action="store_true", help="of gradient reduction and parameter gathering")
     parallel.add_argument("--bucket-mb", type=float, help="MiB of fp32 gradient per bucket, with --overlap")
     parallel.add_argument("--aligned", action="store_true", help="shard-aligned buffers (megatron-core 0.19 on)")
-    muon = parser.add_argument_group("muon")
-    muon.add_argument("--momentum", type=float, default=0.95)
-    muon.add_argument("--ns-steps", type=int, default=5, help="Newton-Schulz steps")
-    muon.add_argument("--ns-coefficients", default="quintic", help="coefficient table")
-    muon.add_argument("--ns-form", choices=("auto", "standard", "gram"), default="auto")
-    muon.add_argument("--strategy", choices=("auto", "home", "gather"), default="home")
+    arguments.add_muon_flags(parser).add_argument(
+        "--strategy", choices=("auto", "home", "gather"), default="home", help="where matrices are orthogonalized"
+    )
     args = arguments.parse(parser, words)
-    if args.run_dir is None:
-        args.run_dir = Path("runs") / f"{args.model}-megatron"
+    args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{Trainer.kind}"
     return args
 
 
 class Trainer:
-    """One training run under Megatron-core.
+    """A run of `launch.loop.train` under Megatron-core.
 
     Args:
         args: from `parse_arguments`. world: all ranks of the job.
@@ -77,15 +71,20 @@ class Trainer:
         ValueError: an option that cannot be right; the message names it.
     """
 
+    kind = "megatron"
+
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         if world.size % (args.tp * args.pp):
             raise ValueError(f"{world.size} ranks are not a multiple of --tp {args.tp} x --pp {args.pp}")
         self.args, self.world = args, world
-        self.stop = StopRequest()
+        self.title = f"TP {args.tp} x PP {args.pp} x EP {args.ep}"
         self.run = RunDirectory(args.run_dir, world, args.keep_checkpoints)
         begin = self.run.start(args.resume)
         self.data = arguments.make_data(args)
         self.config = transformer_config(args)
+        if world.main and self.config.multi_latent_attention and args.tp > 1 and not TRANSFORMER_ENGINE:
+            # Its gather of the projection's parts has a backward that does not sum over the ranks' heads.
+            print("note: without Transformer Engine, Megatron's MLA loses gradient of the rotary key under --tp > 1")
         parallel_state.initialize_model_parallel(
             args.tp,
             args.pp,
@@ -111,24 +110,7 @@ class Trainer:
                 overlap_param_gather=args.overlap,
             ),
             self.chunks,
-            momentum=args.momentum,
-            ns_steps=args.ns_steps,
-            ns_coefficients=args.ns_coefficients,
-            ns_form=args.ns_form,
-            strategy=args.strategy,
-        )
-        self.scheduler = OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=args.lr,
-            min_lr=args.lr * args.final_lr,
-            lr_warmup_steps=min(args.warmup, args.steps - 1),
-            lr_decay_steps=args.steps,
-            lr_decay_style="cosine",
-            start_wd=args.weight_decay,
-            end_wd=args.weight_decay,
-            wd_incr_steps=args.steps,
-            wd_incr_style="constant",
+            **arguments.muon_options(args),
         )
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.config.finalize_model_grads_func = finalize_model_grads
@@ -138,11 +120,6 @@ class Trainer:
         self.done = 0
         if begin is not None:
             self._load(begin)
-        else:
-            self.scheduler.step(1)  # its step 0 has a learning rate of 0
-        self.seconds = self.optimizer_seconds = 0.0  # of this process, since it started
-        self._first = self.done
-        world.barrier()
 
     @property
     def parameters(self) -> int:
@@ -151,9 +128,9 @@ class Trainer:
         return int(self.world.sum(counted)[0])
 
     @property
-    def tokens_per_second(self) -> float:
-        samples = (self.done - self._first) * self.data_size * self.args.accumulation * self.args.batch_size
-        return samples * self.args.sequence_length / self.seconds if self.seconds else 0.0
+    def samples_per_step(self) -> int:
+        """Samples of all data-parallel ranks and microbatches."""
+        return self.data_size * self.args.accumulation * self.args.batch_size
 
     def _microbatches(self) -> Iterator[Batch]:
         args = self.args
@@ -187,26 +164,24 @@ class Trainer:
 
         return model(tokens, positions, mask, labels=targets), mean
 
-    def train_step(self) -> tuple[dict[str, float], bool]:
-        """One optimizer step; collective. Returns the step's metrics and whether some rank was asked to stop."""
-        started = time.perf_counter()
+    def train_step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
+        """One optimizer step, as `launch.loop.Trainer` has it; collective."""
+        args = self.args
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        local = self._run(self._microbatches, self.args.accumulation, forward_only=False)
-        loss, count, stop = self.world.sum(*local, self.stop.requested)
+        local = self._run(self._microbatches, args.accumulation, forward_only=False)
+        loss, count, stopping = self.world.sum(*local, stop.requested)
         backward_done = time.perf_counter()
-        lr = float(self.optimizer.param_groups[0]["lr"])
+        lr = args.lr * warmup_cosine(self.done, args.steps, args.warmup, args.final_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         success, norm, _ = self.optimizer.step()
         self.world.synchronize()
-        self.optimizer_seconds += time.perf_counter() - backward_done
-        if success:
-            self.scheduler.step(1)
         self.done += 1
-        seconds = time.perf_counter() - started
-        self.seconds += seconds
-        metrics = {"step": self.done, "loss": loss / count, "lr": lr, "seconds": seconds, "skipped": float(not success)}
-        return metrics | ({"grad_norm": norm} if success else {}), stop > 0
+        metrics = {"loss": loss / count, "lr": lr, "skipped": float(not success)}
+        metrics["optimizer_seconds"] = time.perf_counter() - backward_done
+        return metrics | ({"grad_norm": norm} if success else {}), stopping > 0
 
     def validate(self) -> float:
         """Validation loss now, over as many whole microbatches as the held-out samples fill; collective."""
@@ -238,7 +213,7 @@ class Trainer:
         model = self._model_state()
         given = model if len(model) > 1 else {"model": model["model0"]}
         optimizer = self.optimizer.sharded_state_dict(given, is_loading=is_loading)
-        return {**model, "optimizer": optimizer, "scheduler": self.scheduler.state_dict(), "step": self.done}
+        return {**model, "optimizer": optimizer, "step": self.done}
 
     def save(self) -> None:
         """Checkpoint now, unless it is there; collective."""
@@ -264,65 +239,25 @@ class Trainer:
         for index, chunk in enumerate(self.chunks):
             chunk.module.load_state_dict(state[f"model{index}"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         self.done = state["step"]
 
+    # ---- records ---------------------------------------------------------------------------------------
 
-def train(args: argparse.Namespace, world: World) -> dict[str, Any]:
-    """Train to the end or to an agreed stop; collective. Returns the results, which rank 0 has printed."""
-    try:
-        trainer = Trainer(args, world)
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    writer = MetricsWriter(args.run_dir / METRICS, trainer.done, world.main)
-    unigram, parameters = trainer.data.unigram_loss(args.validation_samples), trainer.parameters
-    if world.main:
-        (args.run_dir / "plan.txt").write_text(trainer.optimizer.chained_optimizers[0].explain() + "\n")
-    progress = Progress(args.steps, trainer.done, args.log_interval, world.main)
-    progress.note(
-        f"{args.model} of {parameters:,} parameters, TP {args.tp} x PP {args.pp} x EP {args.ep}, "
-        f"{world.size} x {world.device}; unigram validation loss {unigram:.4f}; writing to {args.run_dir}"
-    )
-    value, stopping = math.nan, False
-    while trainer.done < args.steps and not stopping:
-        metrics, stopping = trainer.train_step()
-        progress.update(metrics)
-        writer.write(metrics)
-        last = trainer.done == args.steps
-        if last or (trainer.done % args.validation_interval == 0 and not stopping):
-            value = trainer.validate()
-            progress.note(f"step {trainer.done} val_loss {value:.4f}")
-            writer.write({"step": trainer.done, "val_loss": value})
-        if last or stopping or trainer.done % args.checkpoint_interval == 0:
-            trainer.save()
-    progress.close()
-    writer.close()
-    results = {
-        "final_val_loss": value,
-        "unigram_val_loss": unigram,
-        "tokens_per_second": trainer.tokens_per_second,
-        "optimizer_seconds_share": trainer.optimizer_seconds / max(trainer.seconds, 1e-9),
-        "steps": trainer.done,
-        "world_size": world.size,
-        "model": args.model,
-        "parameters": parameters,
-        "parallelism": {"tp": args.tp, "pp": args.pp, "ep": args.ep, "dp": trainer.data_size},
-        "run_dir": str(args.run_dir),
-    }
-    if trainer.done < args.steps:
-        progress.note(f"stopped after step {trainer.done}; continue with --resume --run-dir {args.run_dir}")
-    elif world.main:
-        plot_losses({f"{args.model} megatron": args.run_dir / METRICS}, args.run_dir / PLOT, unigram)
-        (args.run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(json.dumps(results), flush=True)
-    return results
+    def explain(self) -> str:
+        """Where every parameter of this rank went, and the plans."""
+        return self.optimizer.chained_optimizers[0].explain()
+
+    def results(self) -> dict[str, Any]:
+        """The parallelism."""
+        args = self.args
+        return {"parallelism": {"tp": args.tp, "pp": args.pp, "ep": args.ep, "dp": self.data_size}}
 
 
 def main() -> None:
     """Entry point."""
     args = parse_arguments()
     with open_world(args.device) as world:
-        train(args, world)
+        train(Trainer, args, world)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A run's directory and the checkpoints in it."""
+"""A run's directory: the names of its files, and the checkpoints in it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from launch.world import World
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
+SETTINGS, VERSIONS, PLAN, RESULTS = "settings.json", "versions.json", "plan.txt", "results.json"
 
 
 class RunDirectory:

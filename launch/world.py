@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(total)
         return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value` (picklable), by rank; collective."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait for every rank; collective."""

@@ -4,11 +4,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,16 +12,18 @@ import torch
 from torch import nn
 
 from launch.data import TokenData
+from launch.loop import train
 from launch.metrics import read_metrics
 from launch.models import MoonlightConfig, update_expert_bias
 from launch.models.moonlight import MixtureOfExperts
-from launch.pretrain import parse_arguments, train
+from launch.pretrain import Trainer, parse_arguments
 from launch.run_dir import RunDirectory
 from launch.validation import validation_loss
 from launch.world import World
+from tests import torchrun
 from tests.spawn import run_ranks
+from tests.torchrun import ROOT, alive, flags, ranks_of
 
-ROOT = Path(__file__).parents[2]
 LIMIT = 60  # seconds for one job; each takes about six
 SIZES = {
     "--hidden-size": 32,
@@ -49,7 +47,7 @@ MOONLIGHT_SIZES = {
     "--moe-intermediate-size": 16,
     **SIZES,
 }
-TINY_DENSE, TINY = ([str(word) for item in sizes.items() for word in item] for sizes in (DENSE_SIZES, MOONLIGHT_SIZES))
+TINY_DENSE, TINY = flags(DENSE_SIZES), flags(MOONLIGHT_SIZES)
 ONE = World(0, 1, torch.device("cpu"))
 
 
@@ -70,50 +68,14 @@ def keep_signal_handlers():
         signal.signal(number, handler)
 
 
-@contextmanager
-def job(*flags):
-    """A two-rank job in a process group of its own, of which nothing is left afterwards."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*command, "-m", "launch.pretrain", *TINY, *map(str, flags)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield process
-    finally:
-        for number in [*ranks_of(process), *([process.pid] if process.poll() is None else [])]:
-            os.kill(number, signal.SIGKILL)
-        process.communicate()
+def job(*words):
+    """A two-rank job of the tiny model."""
+    return torchrun.job(["launch.pretrain", *TINY, *words])
 
 
-def ranks_of(process):
-    """Process numbers of the ranks that torchrun started and that have not ended."""
-    file = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    try:
-        return [number for number in map(int, file.read_text().split()) if alive(number)]
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-
-
-def alive(number):
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def run_to_end(*flags):
+def run_to_end(*words):
     """Run a job that has to succeed; its results and its whole output."""
-    with job(*flags) as process:
-        out, err = process.communicate(timeout=LIMIT)
-        assert process.returncode == 0, err
-        return json.loads(out.splitlines()[-1]), out
+    return torchrun.run_to_end(["launch.pretrain", *TINY, *words], limit=LIMIT)
 
 
 def training_ranks(process, run_dir, steps=3):
@@ -168,7 +130,7 @@ def test_a_run_reports_and_leaves_its_files(straight):
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in RunDirectory(run_dir, ONE, 2).checkpoints()] == [3, 6]
     lines = out.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("step")] == ["2/6", "4/6", "4", "6/6"]
+    assert [line.split()[1] for line in lines if line.startswith("step")] == ["2/6", "4/6", "4", "6/6", "6"]
     assert sum(line.startswith("{") for line in lines) == 1  # one rank speaks
 
 
@@ -182,8 +144,8 @@ def test_resume_is_bit_exact_on_the_same_ranks(straight, data, tmp_path):
 
 def test_resume_on_one_rank_goes_on_with_the_same_samples(straight, data, tmp_path, capsys):
     resumed = three_steps_of(straight[0], tmp_path / "resumed")
-    flags = [*data, *TINY, *SIX_STEPS, "--run-dir", resumed, "--resume", "--accumulation", 2]
-    train(parse_arguments([*map(str, flags)]), ONE)
+    words = [*data, *TINY, *SIX_STEPS, "--run-dir", resumed, "--resume", "--accumulation", 2]
+    train(Trainer, parse_arguments([*map(str, words)]), ONE)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["world_size"] == 1
     assert not any(line.startswith("note") for line in lines)
@@ -192,8 +154,8 @@ def test_resume_on_one_rank_goes_on_with_the_same_samples(straight, data, tmp_pa
 
 
 def test_a_signal_to_one_rank_stops_both_at_a_step_with_a_checkpoint(data, tmp_path):
-    flags = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 100_000]
-    with job(*flags) as process:
+    words = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 100_000]
+    with job(*words) as process:
         os.kill(training_ranks(process, tmp_path)[1], signal.SIGTERM)
         out, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, err
@@ -204,8 +166,8 @@ def test_a_signal_to_one_rank_stops_both_at_a_step_with_a_checkpoint(data, tmp_p
 
 
 def test_ctrl_c_stops_the_job_with_a_checkpoint(data, tmp_path):
-    flags = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 100_000]
-    with job(*flags) as process:
+    words = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 100_000]
+    with job(*words) as process:
         ranks = training_ranks(process, tmp_path)
         os.killpg(process.pid, signal.SIGINT)  # what a terminal does: launcher and ranks together
         out, _ = process.communicate(timeout=LIMIT)
@@ -215,8 +177,8 @@ def test_ctrl_c_stops_the_job_with_a_checkpoint(data, tmp_path):
 
 
 def test_a_killed_rank_ends_the_job(data, tmp_path):
-    flags = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 2]
-    with job(*flags) as process:
+    words = [*data, "--steps", 100_000, "--run-dir", tmp_path, "--checkpoint-interval", 2]
+    with job(*words) as process:
         ranks = training_ranks(process, tmp_path)
         os.kill(ranks[1], signal.SIGKILL)
         process.communicate(timeout=LIMIT)
@@ -248,9 +210,9 @@ def test_expert_load_and_validation_loss_are_over_all_ranks():
     assert results == [(5 / 3, [-0.5, 0.0, 0.5], expected)] * 2
 
 
-def run_here(capsys, *flags):
+def run_here(capsys, *words):
     """Train in this process, one rank without torch.distributed; the last line's results."""
-    train(parse_arguments([*map(str, flags)]), ONE)
+    train(Trainer, parse_arguments([*map(str, words)]), ONE)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -262,28 +224,28 @@ def test_one_process_trains_the_dense_model(data, tmp_path, capsys, extra):
 
 
 def test_accumulated_microbatches_are_one_batch(data, tmp_path, capsys):
-    flags = [*data, *TINY_DENSE, "--dtype", "fp32", "--steps", 3]
-    run_here(capsys, *flags, "--run-dir", tmp_path / "whole")
-    run_here(capsys, *flags, "--run-dir", tmp_path / "parts", "--batch-size", 1, "--accumulation", 4)
+    words = [*data, *TINY_DENSE, "--dtype", "fp32", "--steps", 3]
+    run_here(capsys, *words, "--run-dir", tmp_path / "whole")
+    run_here(capsys, *words, "--run-dir", tmp_path / "parts", "--batch-size", 1, "--accumulation", 4)
     whole, parts = losses(tmp_path / "whole"), losses(tmp_path / "parts")
     assert [parts[step] for step in whole] == pytest.approx(list(whole.values()), rel=1e-4)
 
 
 def test_a_run_directory_is_never_overwritten_and_resume_needs_a_checkpoint(data, tmp_path, capsys):
-    flags = [*data, *TINY_DENSE, "--run-dir", tmp_path, "--steps", 1]
+    words = [*data, *TINY_DENSE, "--run-dir", tmp_path, "--steps", 1]
     with pytest.raises(SystemExit, match="error: --resume: no checkpoint"):
-        run_here(capsys, *flags, "--resume")
-    first = run_here(capsys, *flags)
+        run_here(capsys, *words, "--resume")
+    first = run_here(capsys, *words)
     with pytest.raises(SystemExit, match="holds checkpoints of an earlier run: add --resume, or name another"):
-        run_here(capsys, *flags)
-    again = run_here(capsys, *flags, "--resume")  # nothing left to do
+        run_here(capsys, *words)
+    again = run_here(capsys, *words, "--resume")  # nothing left to do
     assert again["final_val_loss"] == first["final_val_loss"]
 
 
 def test_another_number_of_samples_per_step_is_noted(data, tmp_path, capsys):
-    flags = [*data, *TINY_DENSE, "--run-dir", tmp_path]
-    run_here(capsys, *flags, "--steps", 1)
-    train(parse_arguments([*map(str, flags), "--steps", "2", "--resume", "--batch-size", "2"]), ONE)
+    words = [*data, *TINY_DENSE, "--run-dir", tmp_path]
+    run_here(capsys, *words, "--steps", 1)
+    train(Trainer, parse_arguments([*map(str, words), "--steps", "2", "--resume", "--batch-size", "2"]), ONE)
     assert "note: 2 samples per step, before 4" in capsys.readouterr().out
 
 

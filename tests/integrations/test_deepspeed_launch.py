@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from launch.metrics import read_metrics
 from launch.pretrain_deepspeed import CONFIG, parse_arguments
+from tests.torchrun import ROOT, flags, run_to_end
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed: see the README"),
     pytest.mark.timeout(300),
 ]
 
-ROOT = Path(__file__).parents[2]
+LIMIT = 200  # seconds for one job
 SIZES = {
     "--model": "moonlight",
     "--num-hidden-layers": 2,
@@ -46,19 +42,7 @@ SIZES = {
     "--log-interval": 2,
     "--data": ROOT / "distributed_muon" / "matrices.py",
 }
-JOB = ["launch.pretrain_deepspeed", *(str(word) for item in SIZES.items() for word in item)]
-
-
-def run(launcher: list[str], job: list[str], *flags: object) -> Any:
-    """Run a job to its end; the JSON it prints last."""
-    binary = str(Path(sys.executable).with_name(launcher[0]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(
-        [binary, *launcher[1:], *job, *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = (re.fullmatch(r"\{.*\}|\[[\d., ]+\]", line) for line in reversed(done.stdout.splitlines()))
-    return json.loads(next(match for match in found if match)[0])
+JOB = ["launch.pretrain_deepspeed", *flags(SIZES)]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
@@ -67,7 +51,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 def test_torchrun_and_the_deepspeed_launcher_continue_each_other(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
-    results = run(["torchrun", "--standalone", "--nproc_per_node", "2", "-m"], JOB, "--run-dir", first)
+    results, _ = run_to_end([*JOB, "--run-dir", first], limit=LIMIT)
     assert (results["steps"], results["skipped_steps"], results["zero_stage"]) == (6, 0, 1)
     assert losses(first)[6] < losses(first)[1] - 0.2
     assert "matrices over 2 ranks" in (first / "plan.txt").read_text()
@@ -76,7 +60,8 @@ def test_torchrun_and_the_deepspeed_launcher_continue_each_other(tmp_path: Path)
     shutil.copytree(first, second)
     shutil.rmtree(second / "checkpoints" / "step-00000006")
     (second / "checkpoints" / "latest").write_text("step-00000003")
-    resumed = run(["deepspeed", "--num_accelerators", "2", "--module"], JOB, "--run-dir", second, "--resume")
+    launcher = ["deepspeed", "--num_accelerators", "2", "--module"]
+    resumed, _ = run_to_end([*JOB, "--run-dir", second, "--resume"], launcher, LIMIT)
     assert losses(second) == losses(first)
     assert resumed["final_val_loss"] == results["final_val_loss"]
     assert sorted(p.name for p in (second / "checkpoints").glob("step-*")) == ["step-00000003", "step-00000006"]
@@ -111,5 +96,5 @@ def test_ready_configs_are_accepted() -> None:
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     job = ["launch.hf_trainer_deepspeed", "--output-dir", tmp_path, "--steps", 12, "--hidden-size", 32]
     data = ["--data", ROOT / "distributed_muon" / "matrices.py"]
-    first, *_, last = run(["torchrun", "--standalone", "--nproc_per_node", "2", "-m"], [*map(str, [*job, *data])])
+    (first, *_, last), _ = run_to_end([*job, *data], limit=LIMIT)
     assert last < first - 0.5

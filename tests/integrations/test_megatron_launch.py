@@ -44,18 +44,19 @@ def run_trainer(rank: int, world: int, folder: str) -> dict[str, Any]:
 def train_and_resume(rank: int, world: int, folder: Path, name: str) -> dict[str, Any]:
     from megatron.core import parallel_state
 
-    from launch.pretrain_megatron import parse_arguments, train
+    from launch.loop import train
+    from launch.pretrain_megatron import Trainer, parse_arguments
     from launch.world import World
 
     where = World(rank, world, torch.device("cpu"))
     run, flags = folder / name.replace(" ", "-"), ["--config", str(folder / "run.yaml"), *RUNS[name]]
-    whole = train(parse_arguments([*flags, "--run-dir", str(run)]), where)
+    whole = train(Trainer, parse_arguments([*flags, "--run-dir", str(run)]), where)
     parallel_state.destroy_model_parallel()
     if rank == 0:
         shutil.rmtree(run / "checkpoints" / "step-00000004")
         shutil.copy(run / "metrics.jsonl", run / "whole.jsonl")
     where.barrier()
-    resumed = train(parse_arguments([*flags, "--run-dir", str(run), "--resume"]), where)
+    resumed = train(Trainer, parse_arguments([*flags, "--run-dir", str(run), "--resume"]), where)
     parallel_state.destroy_model_parallel()
     return {"whole": whole, "resumed": resumed, "run": str(run)}
 

@@ -1,11 +1,8 @@
-"""The pieces around a trainer: learning-rate schedule, metrics, plot, checkpoints of a run directory."""
-
-import json
+"""The pieces around a trainer: learning-rate schedule, flags, checkpoints of a run directory."""
 
 import pytest
 import torch
 
-from launch.metrics import MetricsWriter, Progress, plot_losses, read_metrics
 from launch.pretrain import parse_arguments
 from launch.run_dir import RunDirectory
 from launch.schedule import cosine_schedule, warmup_cosine
@@ -40,39 +37,6 @@ def test_a_resumed_schedule_continues_to_the_bit():
         for one, other in ((optimizer, scheduler), (resumed, continued)):
             one.step()
             other.step()
-
-
-def test_metrics_of_a_resumed_run_replace_the_steps_that_were_lost(tmp_path):
-    path = tmp_path / "run" / "metrics.jsonl"
-    writer = MetricsWriter(path, 0, True)
-    for step in range(1, 6):
-        writer.write({"step": step, "loss": 1 / step})
-    writer.close()
-    with path.open("a") as file:
-        file.write('{"step": 6, "lo')  # killed while writing
-    writer = MetricsWriter(path, 3, True)
-    writer.write({"step": 4, "loss": 7.0})
-    assert read_metrics(path) == [*({"step": s, "loss": 1 / s} for s in (1, 2, 3)), {"step": 4, "loss": 7.0}]
-    MetricsWriter(path, 0, False).write({"step": 1})  # another rank
-    assert len(read_metrics(path)) == 4
-    MetricsWriter(path, 0, True)  # a new run
-    assert read_metrics(path) == []
-
-
-def test_progress_prints_plain_lines_without_a_terminal(capsys):
-    progress = Progress(steps=5, done=0, interval=2, enabled=True)
-    for step in range(1, 6):
-        progress.update({"step": step, "loss": 1.5, "expert_load_max_over_mean": 2.0})
-    Progress(steps=5, done=0, interval=1, enabled=False).update({"step": 5, "loss": 1.5})
-    assert capsys.readouterr().out.splitlines() == [f"step {step}/5 loss 1.5" for step in (2, 4, 5)]
-
-
-def test_plot_is_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
-    lines = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val_loss": 1.5}]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    plot_losses({"muon": tmp_path / "metrics.jsonl"}, tmp_path / "loss.png", baseline=3.0)
-    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_run_directory_shows_complete_checkpoints_only_and_keeps_the_newest(tmp_path):
