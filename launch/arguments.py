@@ -13,6 +13,7 @@ import yaml
 
 from launch.data import TokenData, load_data
 from launch.models import MODELS, CausalLM, add_size_flags, build_model, cast_parameters, sizes_from_flags
+from launch.models.huggingface import load_weights, read_config
 from launch.trackers import TRACKERS, check_installed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,6 +40,12 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", choices=MODELS, default="moonlight", help="architecture")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of parameters; masters are fp32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    parser.add_argument(
+        "--init-from",
+        type=Path,
+        metavar="FOLDER",
+        help="a Hugging Face checkpoint (Llama, DeepSeek-V3) to start from; it decides --model and the sizes",
+    )
     add_size_flags(parser)
 
 
@@ -75,6 +82,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=0, help="of the weights and the order of samples")
     run.add_argument("--checkpoint-interval", type=int, default=80, help="steps between checkpoints")
     run.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep")
+    run.add_argument(
+        "--save-hf", type=Path, metavar="FOLDER", help="where to write the trained model as a Hugging Face checkpoint"
+    )
     run.add_argument("--validation-interval", type=int, default=40, help="steps between validations")
     run.add_argument("--validation-samples", type=int, default=128, help="held-out samples per validation")
     run.add_argument("--log-interval", type=int, default=10, help="steps between lines without a terminal")
@@ -142,6 +152,15 @@ def parse(parser: argparse.ArgumentParser, words: list[str] | None = None) -> ar
     for name in (*counts, "checkpoint_interval", "keep_checkpoints", "validation_interval", "log_interval"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.init_from is not None:
+        given = sizes_from_flags(args)
+        if given:
+            parser.error(f"--{next(iter(given)).replace('_', '-')} with --init-from: the checkpoint decides the sizes")
+        try:
+            args.model, sizes = read_config(args.init_from)
+        except ValueError as error:
+            parser.error(f"--init-from: {error}")
+        vars(args).update({name: size for name, size in sizes.items() if name != "vocab_size"})
     check_installed(args.log_to)
     return args
 
@@ -173,9 +192,20 @@ def make_data(args: argparse.Namespace) -> TokenData:
 
 
 def make_model(args: argparse.Namespace, vocab_size: int, device: torch.device) -> CausalLM:
-    """The model that the command line asks for; the same weights on every rank."""
-    sizes = {"max_position_embeddings": args.sequence_length, **sizes_from_flags(args)}
+    """The model that the command line asks for; the same weights on every rank.
+
+    Args:
+        args: with the flags of `add_model_flags`. vocab_size: of the data. device: of the model.
+
+    Raises:
+        ValueError: a size that cannot be right, or a checkpoint that does not fit the data or is damaged.
+    """
+    sizes = {"max_position_embeddings": args.sequence_length, "vocab_size": vocab_size, **sizes_from_flags(args)}
+    if args.init_from is not None:
+        sizes |= read_config(args.init_from, data_vocab_size=vocab_size)[1]
     torch.manual_seed(args.seed)
-    model = build_model(args.model, vocab_size=vocab_size, **sizes)
+    model = build_model(args.model, **sizes)
     cast_parameters(model, DTYPES[args.dtype])
+    if args.init_from is not None:
+        load_weights(model, args.init_from)
     return model.to(device)

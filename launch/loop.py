@@ -7,12 +7,14 @@ import math
 import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from launch.data import TokenData
 from launch.environment import describe_run
 from launch.metrics import MetricsWriter, plot_losses
+from launch.models.huggingface import check_target
 from launch.progress import open_progress
 from launch.run_dir import METRICS, PLAN, PLOT, RESULTS, SETTINGS, VERSIONS
 from launch.trackers import open_trackers
@@ -54,6 +56,9 @@ class Trainer(Protocol):
     def save(self) -> None:
         """Checkpoint now, and delete old ones; collective."""
 
+    def export(self, folder: Path) -> None:
+        """Write the model as a Hugging Face checkpoint; collective."""
+
     def explain(self) -> str:
         """The optimizer's plan, empty as long as there is none."""
 
@@ -74,6 +79,8 @@ def train(build: Callable[[Namespace, World], Trainer], args: Namespace, world: 
     """
     stop = StopRequest()
     try:
+        if args.save_hf is not None:
+            check_target(args.save_hf)  # rather now than after the training
         trainer = build(args, world)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
@@ -107,6 +114,9 @@ def train(build: Callable[[Namespace, World], Trainer], args: Namespace, world: 
         if trainer.done == args.steps and validated != trainer.done:
             loss = trainer.validate()
             report.validation(trainer.done, loss)
+        if trainer.done == args.steps and args.save_hf is not None:
+            trainer.export(args.save_hf)
+            report.note(f"the model is in {args.save_hf}, in Hugging Face's format")
     if trainer.done < args.steps:
         report.note(f"stopped after step {trainer.done}; continue with --resume --run-dir {args.run_dir}")
         return None

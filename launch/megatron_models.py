@@ -114,7 +114,10 @@ def _moonlight(sizes: MoonlightConfig, args: argparse.Namespace) -> dict[str, An
 def build_chunks(args: argparse.Namespace, config: TransformerConfig, vocab_size: int) -> list[nn.Module]:
     """This rank's model chunks, wrapped in DDP; parallel_state must be initialized.
 
-    With --init plain they start from the weights of the plain trainer's model of the same seed.
+    With --init plain they start from the weights of the plain trainer's model of the same seed, or of --init-from.
+
+    Args:
+        args: of the Megatron trainer. config: from `transformer_config`. vocab_size: of the data.
     """
     stages = range(args.vpp) if args.vpp else [None]
     ddp_config = DistributedDataParallelConfig(
@@ -124,9 +127,12 @@ def build_chunks(args: argparse.Namespace, config: TransformerConfig, vocab_size
         overlap_param_gather=args.overlap,
         bucket_size=None if args.bucket_mb is None else round(args.bucket_mb * 2**18),
     )
-    models = [_gpt(args, config, vocab_size, stage) for stage in stages]
+    weights = None
     if args.init == "plain":
         weights = arguments.make_model(args, vocab_size, torch.device("cpu")).state_dict()
+        vocab_size = len(weights["embed_tokens.weight"])  # a checkpoint's may be larger than the data's
+    models = [_gpt(args, config, vocab_size, stage) for stage in stages]
+    if weights is not None:
         for model in models:
             load_plain_weights(model, weights)
     return [_wrap(args, config, replace(ddp_config), model) for model in models]

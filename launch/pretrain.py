@@ -17,7 +17,7 @@ from typing import Any
 from distributed_muon import DistributedMuon, checkpoint, muon_param_groups
 from launch import arguments
 from launch.loop import train
-from launch.models import CausalLM, update_expert_bias
+from launch.models import CausalLM, huggingface, update_expert_bias
 from launch.run_dir import RunDirectory
 from launch.schedule import cosine_schedule
 from launch.validation import validation_loss
@@ -150,6 +150,13 @@ class Trainer:
         """Checkpoint now, unless it is there; collective."""
         extra = {"step": self.done, "samples_per_step": self.samples_per_step}
         self.run.save(self.done, lambda path: checkpoint.save(path, self.model, self.optimizer, extra))
+
+    def export(self, folder: Path) -> None:
+        """The model as a Hugging Face checkpoint; collective."""
+        self.optimizer.wait_params()
+        if self.world.main:
+            huggingface.save(self.model, folder)
+        self.world.barrier()
 
     def explain(self) -> str:
         """Homes and waves of the matrices."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from distributed_muon.integrations.deepspeed import CONFIG_BLOCK, optimizer_from_config
 from launch import arguments
 from launch.loop import train
-from launch.models import update_expert_bias
+from launch.models import huggingface, update_expert_bias
 from launch.run_dir import RunDirectory
 from launch.schedule import cosine_schedule
 from launch.validation import validation_loss
@@ -148,6 +148,12 @@ class Trainer:
         if self.world.main:
             for _, old in self.run.checkpoints()[: -self.args.keep_checkpoints]:
                 shutil.rmtree(old)
+        self.world.barrier()
+
+    def export(self, folder: Path) -> None:
+        """The model as a Hugging Face checkpoint; collective."""
+        if self.world.main:
+            huggingface.save(self.model, folder)
         self.world.barrier()
 
     def explain(self) -> str:

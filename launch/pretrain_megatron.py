@@ -76,6 +76,10 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         if world.size % (args.tp * args.pp):
             raise ValueError(f"{world.size} ranks are not a multiple of --tp {args.tp} x --pp {args.pp}")
+        if args.save_hf is not None:
+            raise ValueError("--save-hf: Megatron's modules are not written so; the plain and DeepSpeed trainers can")
+        if args.init_from is not None and args.init != "plain":
+            raise ValueError(f"--init {args.init} with --init-from: the checkpoint is loaded with --init plain")
         self.args, self.world = args, world
         self.title = f"TP {args.tp} x PP {args.pp} x EP {args.ep}"
         self.run = RunDirectory(args.run_dir, world, args.keep_checkpoints)

@@ -5,16 +5,25 @@ import os
 import shutil
 import signal
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from launch.data import TokenData
 from launch.loop import train
 from launch.metrics import read_metrics
-from launch.models import MoonlightConfig, update_expert_bias
+from launch.models import (
+    MODELS,
+    MoonlightConfig,
+    build_model,
+    cast_parameters,
+    huggingface,
+    update_expert_bias,
+)
 from launch.models.moonlight import MixtureOfExperts
 from launch.pretrain import Trainer, parse_arguments
 from launch.run_dir import RunDirectory
@@ -253,3 +262,45 @@ def test_wrong_counts_are_refused(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(["--accumulation", "0"])
     assert "--accumulation 0: must be at least 1" in capsys.readouterr().err
+
+
+# ---- Hugging Face checkpoints ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["dense", "moonlight"])
+def checkpoint_folder(request, tmp_path):
+    """A checkpoint whose vocabulary is larger than that of the data, in bf16."""
+    torch.manual_seed(3)
+    options = DENSE_SIZES if request.param == "dense" else MOONLIGHT_SIZES
+    known = {field.name for field in fields(MODELS[request.param][0])}
+    sizes = {key[2:].replace("-", "_"): value for key, value in options.items()}
+    model = build_model(request.param, vocab_size=320, **{key: value for key, value in sizes.items() if key in known})
+    cast_parameters(model, torch.bfloat16)
+    folder = tmp_path / "checkpoint"
+    huggingface.save(model, folder)
+    return folder
+
+
+def test_a_checkpoint_trained_with_lr_0_is_written_as_it_was(data, tmp_path, checkpoint_folder):
+    words = ["--steps", 1, "--lr", 0, "--init-from", checkpoint_folder, "--save-hf", tmp_path / "out", *data]
+    words += ["--sequence-length", 32, "--batch-size", 2, "--validation-samples", 4, "--run-dir", tmp_path / "run"]
+    result, _ = torchrun.run_to_end(["launch.pretrain", *words], limit=LIMIT)
+    before, after = (load_file(folder / "model.safetensors") for folder in (checkpoint_folder, tmp_path / "out"))
+    assert before.keys() == after.keys() and result["parameters"] > 320 * 32
+    biases = [name for name in before if "e_score_correction_bias" in name]  # moved by the load, not by lr
+    assert len(biases) == (result["model"] == "moonlight")
+    for name in before.keys() - biases:
+        assert after[name].dtype == before[name].dtype and torch.equal(after[name], before[name]), name
+    assert (tmp_path / "out" / "config.json").read_text() == (checkpoint_folder / "config.json").read_text()
+
+
+def test_a_checkpoint_decides_the_sizes(data, tmp_path, checkpoint_folder, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--init-from", str(checkpoint_folder), "--hidden-size", "32"])
+    assert "--hidden-size with --init-from" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_arguments(["--init-from", str(tmp_path / "nowhere")])
+    assert "nowhere/config.json cannot be read" in capsys.readouterr().err
+    words = ["--init-from", str(checkpoint_folder), "--save-hf", str(checkpoint_folder), *data]
+    with pytest.raises(SystemExit, match="exists already: name another folder"):
+        train(Trainer, parse_arguments([*words, "--run-dir", str(tmp_path / "run")]), ONE)

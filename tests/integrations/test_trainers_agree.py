@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from launch.metrics import read_metrics
+from launch.models import MODELS as registry
+from launch.models import build_model
+from launch.models.huggingface import save
 from launch.pretrain_deepspeed import CONFIG
 from tests.integrations import megatron_cpu
 from tests.integrations.test_megatron_checkpoint import checked
@@ -72,9 +76,9 @@ def train_here(rank: int, world: int, trainer: str, words: list[str]) -> None:
     checked(lambda: train(module.Trainer, args, World(rank, world, torch.device("cpu"))))
 
 
-def curve(folder: Path, trainer: str, model: str, world: int = 1, *more: str) -> list[float]:
+def curve(folder: Path, trainer: str, options: dict[str, object], world: int = 1, *more: str) -> list[float]:
     """Losses of all steps."""
-    run = folder / f"{trainer}-{model}"
+    run = folder / trainer
     if trainer == "pretrain_deepspeed":
         config = json.loads(CONFIG.read_text())
         config["distributed_muon"]["ns_dtype"] = "float32"
@@ -82,15 +86,14 @@ def curve(folder: Path, trainer: str, model: str, world: int = 1, *more: str) ->
         more += ("--deepspeed-config", str(folder / "deepspeed.json"))
     else:
         more += ("--ns-dtype", "fp32")
-    words = [*flags(MODELS[model]), "--run-dir", str(run), "--checkpoint-interval", str(STEPS), "--log-to", *more]
+    words = [*flags(options), "--run-dir", str(run), "--checkpoint-interval", str(STEPS), "--log-to", *more]
     run_ranks(train_here, world, trainer, words, timeout=120)
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    folder = tmp_path_factory.mktemp("plain")
-    return {model: curve(folder, "pretrain", model) for model in MODELS}
+    return {name: curve(tmp_path_factory.mktemp("plain"), "pretrain", options) for name, options in MODELS.items()}
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -98,7 +101,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
 def test_every_step_has_the_loss_of_the_plain_trainer(
     trainer: str, model: str, plain: dict[str, list[float]], tmp_path: Path
 ) -> None:
-    losses = curve(tmp_path, trainer, model)
+    losses = curve(tmp_path, trainer, MODELS[model])
     assert len(losses) == len(plain[model]) == STEPS
     assert losses == pytest.approx(plain[model], abs=1e-4, rel=0)
     assert losses[-1] < losses[0] - 1
@@ -108,7 +111,23 @@ def test_every_step_has_the_loss_of_the_plain_trainer(
 @pytest.mark.parametrize("name", PARALLEL)
 def test_cut_models_start_from_the_same_weights(name: str, plain: dict[str, list[float]], tmp_path: Path) -> None:
     model = name.split()[0]
-    losses = curve(tmp_path, "pretrain_megatron", model, 2, *PARALLEL[name])
+    losses = curve(tmp_path, "pretrain_megatron", MODELS[model], 2, *PARALLEL[name])
     # Megatron's own MLA modules lose gradient under TP (the trainer says so): the first loss tells the weights.
     steps = 1 if name == "moonlight TP2" else STEPS
     assert losses[:steps] == pytest.approx(plain[model][:steps], abs=1e-5, rel=0)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_checkpoint_starts_all_of_them(model: str, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    known = {field.name for field in fields(registry[model][0])}
+    sizes = {flag[2:].replace("-", "_"): value for flag, value in MODELS[model].items()}
+    plain_model = build_model(model, vocab_size=384, **{key: size for key, size in sizes.items() if key in known})
+    save(plain_model, tmp_path / "checkpoint")
+    size_flags = {f"--{name.replace('_', '-')}" for name in known}
+    options = {flag: value for flag, value in MODELS[model].items() if flag not in size_flags}
+    options |= {"--steps": 3, "--init-from": tmp_path / "checkpoint"}
+    first = curve(tmp_path, "pretrain", options)
+    for trainer, mark in OTHERS.items():
+        if not mark.args[0]:
+            assert curve(tmp_path, trainer, options) == pytest.approx(first, abs=1e-5, rel=0), trainer
