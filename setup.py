@@ -10,6 +10,7 @@ MEGATRON = ["megatron-core>=0.16.1", "psutil"]
 TRAIN = ["tokenizers>=0.20", "safetensors>=0.4.3", "rich>=13.0", "tensorboard>=2.14", "PyYAML>=6.0", *PLOT]
 PEERS = ["muon-fsdp2>=0.3", "dtensor-muon>=0.1"]  # that perf.step compares with
 TEST = [
+    "accelerate>=1.0",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
