@@ -8,7 +8,7 @@ PLOT = ["matplotlib>=3.8"]
 DEEPSPEED = ["deepspeed>=0.19.8"]
 MEGATRON = ["megatron-core>=0.16.1", "psutil"]
 TRAIN = ["tokenizers>=0.20", "safetensors>=0.4.3", "rich>=13.0", "tensorboard>=2.14", "PyYAML>=6.0", *PLOT]
-PEERS = ["muon-fsdp2>=0.3", "dtensor-muon>=0.1"]  # that perf.step compares with
+PEERS = ["muon-fsdp2>=0.3", "dtensor-muon>=0.1; python_version >= '3.11'"]  # that perf.step compares with
 TEST = [
     "accelerate>=1.0",
     "pytest>=8.0",
