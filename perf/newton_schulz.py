@@ -5,7 +5,8 @@
 Contenders take turns within a round, so a drifting machine hits all alike; medians are printed. On CPU with one
 thread the clock is the thread's CPU time, which other processes on the machine barely disturb; otherwise it is
 wall time. TFLOP/s counts the matmuls really run (on a GPU: with symmetric products in full); the ceiling is one
-large bf16 matmul, timed in the same rounds.
+large bf16 matmul, timed in the same rounds. NVIDIA's Emerging-Optimizers takes part where it is installed, in its
+bf16 mode, on GPUs with its Triton kernel for symmetric products.
 """
 
 from __future__ import annotations
@@ -46,6 +47,24 @@ def _torch_loop(matrices: Tensor) -> None:
         torch_newton_schulz(matrix, COEFFICIENTS["quintic"][0], 5, 1e-7)
 
 
+def _emerging_optimizers(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
+    """Emerging-Optimizers' function by name; nothing where it is not installed."""
+    try:
+        from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schulz
+    except ImportError:
+        return {}
+
+    def run(matrices: Tensor) -> None:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("medium")  # what chooses its bf16 mode
+        try:
+            newton_schulz(matrices, 5, "simple", use_syrk=device.type == "cuda" and matrices.ndim == 2)
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return {"emerging": run}
+
+
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
     clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     begin = clock()
@@ -83,6 +102,8 @@ def measure(shapes: Sequence[tuple[int, ...]], rounds: int, device: torch.device
             "auto": (lambda grads=grads: orthogonalize(grads), form),
             "matmul": (lambda: square @ square, ""),
         }
+        for name, peer in _emerging_optimizers(device).items():
+            contenders[name] = (lambda grads=grads, peer=peer: peer(grads), "standard")
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(rounds + 1):
             for name, (call, _) in contenders.items():
@@ -127,12 +148,13 @@ def main() -> None:
     machine = describe_machine()
     print(f"{machine['gpu'] if args.device == 'cuda' else machine['cpu']}, {machine['threads_per_rank']} thread(s), "
           + ", ".join(f"{package} {version}" for package, version in machine["versions"].items()))  # fmt: skip
-    print(f"{'':12s} {'torch':>10s} {'standard':>18s} {'auto':>18s}  {'TFLOP/s, share of matmul ceiling':s}")
     rows = measure(args.shapes, args.rounds, torch.device(args.device))
+    others = [name for name in rows[0]["speedup"] if name != "torch"]
+    print(f"{'':12s} {'torch':>10s} {' '.join(f'{name:>18s}' for name in others)}   TFLOP/s, share of matmul ceiling")
     for row in rows:
         seconds, speedup = row["seconds"], row["speedup"]
         print(f"{'x'.join(map(str, row['shape'])):12s} {seconds['torch'] * 1e3:7.2f} ms "
-              + " ".join(f"{seconds[name] * 1e3:7.2f} ms {speedup[name]:5.2f} x" for name in ("standard", "auto"))
+              + " ".join(f"{seconds[name] * 1e3:7.2f} ms {speedup[name]:5.2f} x" for name in others)
               + "   " + ", ".join(f"{name} {row['tflops'][name]:.3f} {share:.0%}"
                                   for name, share in row["share_of_matmul"].items())
               + f"; auto is {row['form']}")  # fmt: skip
