@@ -7,20 +7,26 @@ Per collective, on rank 0, medians over steps:
   predicted  bytes this rank sends by the plan and the buckets
   measured   bytes it sent by the counters; a difference on any rank ends the run with an error
   alone      seconds of the same calls repeated one by one with nothing else to do
-  exposed    seconds that the training step waited for them, late ranks included (`step_report()`)
+  exposed    seconds that the training step waited for them, late ranks included (`step_report()`); the JSON has
+             beside it the least of all ranks, which is what the ranks that came last waited
   hidden     alone - exposed, where positive: what computation covered
   bus        bytes measured / seconds alone
+
+Steps follow each other as in training, so the gathers that a step leaves under way are waited for in the next. A step
+ends when its own computation does; the slowest rank's median counts. For `perf.scale --check`, which predicts these
+steps, the slowest rank's seconds of the computation by itself are measured too: forward and backward without a
+collective, and Newton-Schulz of each shape in stacks as large as a home's.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import statistics
-import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,10 +38,12 @@ from torch import Tensor
 
 from distributed_muon import DistributedMuon, muon_param_groups
 from distributed_muon.collectives import Collectives, Pending
+from distributed_muon.newton_schulz import orthogonalize
+from distributed_muon.plan import Plan
+from launch.environment import describe_machine
 from launch.models import MODELS, CausalLM, build_model, cast_parameters
 from launch.world import World, open_world
-from perf.links import timed
-from perf.machine import describe_machine
+from perf.links import run_seconds, started_as, timed
 
 # What `step_report()["communication"]` calls each collective, and what this page does.
 LABELS = {
@@ -46,17 +54,17 @@ LABELS = {
     "from_homes": "all-to-all from homes",
     "all_gather": "all-gather parameters",
 }
-CONTENDERS = ("home", "gather", "adamw")
+STRATEGIES = ("home", "gather")
 VOCABULARY, SEQUENCE = 256, 128
 
 
 @dataclass(frozen=True)
 class Call:
-    """One collective that the optimizer issued: its label, and a function that does its like again."""
+    """One collective that the optimizer issued: its label, and a function that prepares its like."""
 
     label: str
     over: Collectives
-    again: Callable[[], Pending]
+    prepare: Callable[[], Callable[[], Pending]]
 
 
 class Recorder:
@@ -87,22 +95,27 @@ class Recorder:
                 # The name of an all-to-all is its last argument.
                 name = label or (args[-1] if kind == "all_to_all" else kind)
                 tensors = [(arg.numel(), arg.dtype) for arg in args if isinstance(arg, Tensor)]
-                again = partial(self._repeat, getattr(fresh, kind), tensors, args[len(tensors) :], options)
-                self.calls.append(Call(name, fresh, again))
+                prepare = partial(self._prepare, getattr(fresh, kind), tensors, args[len(tensors) :], options)
+                self.calls.append(Call(name, fresh, prepare))
             return call(*args, **options)
 
         return noted
 
-    def _repeat(
+    def _prepare(
         self,
         call: Callable[..., Any],
         tensors: Sequence[tuple[int, torch.dtype]],
         others: Sequence[Any],
         options: dict[str, Any],
-    ) -> Pending:
-        zeros = [torch.zeros(numel, dtype=dtype, device=self._device) for numel, dtype in tensors]
-        result = call(*zeros, *others, **options)
-        return result if isinstance(result, Pending) else Pending(())
+    ) -> Callable[[], Pending]:
+        # Written, so that fetching pages is not timed.
+        ones = [torch.ones(numel, dtype=dtype, device=self._device) for numel, dtype in tensors]
+
+        def again() -> Pending:
+            result = call(*ones, *others, **options)
+            return result if isinstance(result, Pending) else Pending(())
+
+        return again
 
 
 def predicted_bytes(optimizer: DistributedMuon) -> dict[str, int]:
@@ -127,7 +140,7 @@ class Training:
     """A few steps of one small model with one optimizer, recorded.
 
     Args:
-        name: "home", "gather" or "adamw". world: the ranks. args: the command line.
+        name: a strategy of DistributedMuon, or "adamw". world: the ranks. args: the command line.
     """
 
     def __init__(self, name: str, world: World, args: argparse.Namespace) -> None:
@@ -154,64 +167,112 @@ class Training:
         """One training step; collective.
 
         Returns:
-            The optimizer's report of this step with "step_seconds" of the whole of it. Parameter gathers that
+            The optimizer's report of this step, with "end": when it was over on this rank. Parameter gathers that
             the forward waited for are those of the step before.
         """
-        self._world.barrier()
         self.recorder.calls.clear()
-        begin = time.perf_counter()
         self._model(self._tokens, self._targets).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._world.synchronize()
-        return {"step_seconds": time.perf_counter() - begin, **self.optimizer.local_report()}
+        self._synchronize()
+        return {"end": time.perf_counter(), **self.optimizer.local_report()}
+
+    def _synchronize(self) -> None:
+        # Not the device: gathers under way on NCCL's stream belong to the next step.
+        if self._world.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def measure(self, steps: int) -> dict[str, Any]:
-        """Medians over `steps` steps after one of warm-up; collective.
+        """Medians over `steps` steps after two of warm-up; collective.
 
         Raises:
             RuntimeError: some rank sent other bytes than predicted.
         """
+        self._world.barrier()
         self.step()
-        reports = [self.step() for _ in range(steps)]
+        end = self.step()["end"]
+        reports = []
+        for _ in range(steps):
+            report = self.step()
+            reports.append({**report, "step_seconds": report["end"] - end})
+            end = report["end"]
+        self.optimizer.wait_params()
         predicted = predicted_bytes(self.optimizer)
         for report in reports:
             sent = {label: report["communication"].get(label, {}).get("bytes", 0) for label in LABELS}
-            if any(_gathered(sent != predicted)):
+            if any(self._world.gather(sent != predicted)):
                 raise RuntimeError(f"{self.name}: bytes predicted {predicted}, rank {self._world.rank} sent {sent}")
-        self.optimizer.wait_params()
         alone = self._alone(self.recorder.calls)
-        rows = {
-            label: self._row(label, reports, predicted[label], alone[label]) for label in LABELS if predicted[label]
+        used = [label for label in LABELS if predicted[label]]
+        exposed = {
+            label: statistics.median(report["communication"][label]["exposed_seconds"] for report in reports)
+            for label in used
         }
+        by_rank = self._world.gather(exposed)
+        rows = {label: self._row(label, reports[-1], predicted[label], alone[label], exposed[label]) for label in used}
+        for label, row in rows.items():
+            row["exposed_seconds_least"] = min(seconds[label] for seconds in by_rank if label in seconds)
         phases = {key: statistics.median(r["seconds"].get(key, 0.0) for r in reports) for key in reports[-1]["seconds"]}
         return {
-            "step_seconds": statistics.median(report["step_seconds"] for report in reports),
+            "step_seconds": self._slowest(report["step_seconds"] for report in reports),
             "phases": phases,
             "collectives": rows,
-            "sent_bytes_by_rank": _gathered(sum(predicted.values())),
+            "sent_bytes_by_rank": self._world.gather(sum(predicted.values())),
+            "computation": self._computation(steps),
+            "plan": plan_digest(self.optimizer.plan),
         }
 
-    def _row(self, label: str, reports: Sequence[dict[str, Any]], predicted: int, alone: float) -> dict[str, Any]:
-        counts = [report["communication"][label] for report in reports]
-        exposed = statistics.median(count["exposed_seconds"] for count in counts)
+    def _slowest(self, seconds: Iterable[float]) -> float:
+        """The largest of the ranks' medians; collective."""
+        return max(self._world.gather(statistics.median(seconds)))
+
+    def _computation(self, rounds: int) -> dict[str, Any]:
+        """Seconds of the slowest rank while every rank computes and none communicates; collective."""
+
+        def forward_backward() -> None:
+            with self.optimizer.no_sync():
+                self._model(self._tokens, self._targets).backward()
+            self.optimizer.zero_grad()
+
+        def timed_alone(call: Callable[[], Any]) -> float:
+            self._world.barrier()
+            return self._slowest(run_seconds(call, self._world.device, rounds))
+
+        newton_schulz = {}
+        for (rows, cols), count in self._largest_stacks().items():
+            stack = torch.randn(count, rows, cols, device=self._world.device).bfloat16()
+            call = partial(orthogonalize, stack, out=stack)
+            newton_schulz[f"{rows}x{cols}"] = timed_alone(call) / count
+        return {"forward_backward_seconds": timed_alone(forward_backward), "newton_schulz_seconds": newton_schulz}
+
+    def _largest_stacks(self) -> dict[tuple[int, int], int]:
+        """Per shape of a whole matrix, the most that any home orthogonalizes in one go; collective."""
+        plan, largest = self.optimizer.plan, Counter[tuple[int, int]]()
+        own = [stack for wave in plan.schedule(self.optimizer.collectives.rank) for stack in wave.stacks]
+        for sizes in self._world.gather([(plan.layout.matrices[stack[0]].shape, len(stack)) for stack in own]):
+            for shape, count in sizes:
+                largest[shape] = max(largest[shape], count)
+        return dict(largest)
+
+    def _row(self, label: str, report: dict[str, Any], predicted: int, alone: float, exposed: float) -> dict[str, Any]:
+        counts = report["communication"][label]
         return {
             "name": LABELS[label],
-            "calls": counts[-1]["calls"],
+            "calls": counts["calls"],
             "bytes_predicted": predicted,
-            "bytes_measured": counts[-1]["bytes"],
+            "bytes_measured": counts["bytes"],
             "alone_seconds": alone,
             "exposed_seconds": exposed,
             "hidden_seconds": max(0.0, alone - exposed),
-            "bus_bytes_per_second": counts[-1]["bytes"] / alone if alone else 0.0,
+            "bus_bytes_per_second": counts["bytes"] / alone if alone else 0.0,
         }
 
     def _alone(self, calls: Sequence[Call], rounds: int = 3) -> dict[str, float]:
         """Seconds of the calls by label when repeated one by one; collective."""
         seconds: dict[str, float] = defaultdict(float)
         for call in calls:
-            seconds[call.label] += statistics.median(
-                timed(call.over, call.again, self._world.device) for _ in range(rounds)
+            seconds[call.label] += statistics.mean(
+                timed(call.over, call.prepare(), self._world.device) for _ in range(rounds)
             )
         return seconds
 
@@ -234,10 +295,10 @@ def _model(args: argparse.Namespace) -> CausalLM:
     return build_model(args.model, vocab_size=VOCABULARY, max_position_embeddings=SEQUENCE, **sizes)
 
 
-def _gathered(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+def plan_digest(plan: Plan) -> str:
+    """Equal for equal homes, waves and traffic."""
+    content = (plan.homes, plan.waves, plan.exchange_bytes_by_rank, plan.team_bytes_by_rank)
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
 def print_report(name: str, result: dict[str, Any]) -> None:
@@ -261,6 +322,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help=f"samples of {SEQUENCE} tokens per rank")
     parser.add_argument("--layout", choices=("auto", "flat", "bucketed", "aligned"), default="bucketed")
     parser.add_argument("--bucket-mb", type=float, default=4.0, help="MiB of fp32 gradient per bucket")
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="beside AdamW's")
     parser.add_argument("--steps", type=int, default=3, help="of which the median counts")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--trace", type=Path, default=Path("runs/comm_trace.json.gz"), help="Chrome trace of one step")
@@ -274,10 +336,10 @@ def main() -> None:
         if world.size == 1:
             raise SystemExit("error: one rank sends nothing: start with torchrun --nproc_per_node 2 or more")
         results = {}
-        for name in CONTENDERS:
+        for name in (*args.strategies, "adamw"):
             training = Training(name, world, args)
             results[name] = training.measure(args.steps)
-            if name == "home":
+            if name == args.strategies[0]:
                 training.trace(args.trace)
         if not world.main:
             return
@@ -288,12 +350,12 @@ def main() -> None:
             print_report(name, result)
         print("\ntraffic of all ranks over ZeRO-1 AdamW's: " +
               ", ".join(f"{name} {result['traffic_over_adamw']:.4f}" for name, result in results.items()))  # fmt: skip
-        print(f"Chrome trace of a step of home: {args.trace}")
+        print(f"Chrome trace of a step of {args.strategies[0]}: {args.trace}")
         if args.json:
-            settings = {key: str(value) for key, value in vars(args).items() if key not in ("json", "trace")}
-            command = f"torchrun --standalone --nproc_per_node {world.size} -m perf.comm {' '.join(sys.argv[1:])}"
-            output = {"machine": describe_machine(command), "world": world.size, "backend": dist.get_backend(),
-                      "settings": settings, "contenders": results}  # fmt: skip
+            settings = {key: value for key, value in vars(args).items() if key not in ("json", "trace")}
+            output = {"machine": describe_machine(started_as("perf.comm")), "world": world.size,
+                      "backend": dist.get_backend(), "device": world.device.type, "settings": settings,
+                      "contenders": results}  # fmt: skip
             args.json.write_text(json.dumps(output, indent=1) + "\n")
 
 

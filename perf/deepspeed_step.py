@@ -28,8 +28,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_muon.integrations.deepspeed import PartitionedOptimizer
+from launch.environment import describe_machine
 from perf.links import matmul_flops
-from perf.machine import describe_machine
 from perf.step import LAYER, newton_schulz_floor
 
 PEERS = {

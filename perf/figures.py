@@ -66,14 +66,16 @@ plt.rcParams.update(
 )
 
 
-def _axes(title: str, width: float = 6.2, height: float = 3.6) -> tuple[Figure, Axes]:
+def make_axes(title: str, width: float = 6.2, height: float = 3.6) -> tuple[Figure, Axes]:
+    """A figure of one panel, sizes in inches."""
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.set_title(title)
     axes.tick_params(length=0)
     return figure, axes
 
 
-def _svg(figure: Figure) -> str:
+def as_svg(figure: Figure) -> str:
+    """The figure as an SVG element; it is closed."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
@@ -96,23 +98,30 @@ def _names_on_y(axes: Axes, names: Sequence[str]) -> None:
     axes.grid(False, axis="y")
 
 
-def step_seconds(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Seconds of each optimizer's step, ours first."""
-    figure, axes = _axes("seconds per step", height=0.9 + 0.42 * len(rows))
-    ours = [row["name"].startswith("DistributedMuon") for row in rows]
+def step_seconds(rows: Sequence[Mapping[str, Any]], floor: float | None = None, width: float = 6.2) -> str:
+    """Seconds of each optimizer's step, ours in blue.
+
+    Args:
+        floor: seconds to mark, that Newton-Schulz would take as one large matmul. width: in inches.
+    """
+    figure, axes = make_axes("seconds per step", width, height=0.9 + 0.42 * len(rows))
+    ours = [row["name"].startswith(("DistributedMuon", "distributed_muon", "ours")) for row in rows]
     seconds = [row["seconds"] for row in rows]
     bars = axes.barh(range(len(rows)), seconds, height=0.62, color=[BLUE if mine else GREY for mine in ours])
     axes.bar_label(bars, [f" {value:.2f}" for value in seconds], color=INK, fontsize=9)
     axes.set_xlim(0, max(seconds) * 1.12)
+    if floor is not None:
+        axes.axvline(floor, color=RED, linewidth=1, linestyle=(0, (4, 3)), label="Newton-Schulz as one large matmul")
+        figure.legend(loc="outside lower right")
     _names_on_y(axes, [row["name"] for row in rows])
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def step_phases(row: Mapping[str, Any]) -> str:
     """Where one optimizer's step goes."""
     phases = sorted(row["phases"].items(), key=lambda item: -item[1])
     shown = [(name, value) for name, value in phases if value > 0]
-    figure, axes = _axes(f"where the step goes: {row['name']}", height=0.9 + 0.3 * len(shown))
+    figure, axes = make_axes(f"where the step goes: {row['name']}", height=0.9 + 0.3 * len(shown))
     values = [value * 1e3 for _, value in shown]
     colors = [PHASE_COLORS.get(name, SOFT) for name, _ in shown]
     bars = axes.barh(range(len(shown)), values, height=0.62, color=colors)
@@ -120,12 +129,12 @@ def step_phases(row: Mapping[str, Any]) -> str:
     axes.set_xlim(0, max(values) * 1.16)
     axes.set_xlabel("milliseconds, rank 0; waits are exposed communication")
     _names_on_y(axes, [name.replace("_", " ") for name, _ in shown])
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def newton_schulz(rows: Sequence[Mapping[str, Any]]) -> str:
     """Speed of our forms over torch's, by shape."""
-    figure, axes = _axes("speed over torch.optim.Muon's Newton-Schulz", width=11, height=3.2)
+    figure, axes = make_axes("speed over torch.optim.Muon's Newton-Schulz", width=11, height=3.2)
     names = [name for name in rows[0]["speedup"] if name != "torch"]
     palette = dict(zip(names, (GREY, BLUE, TEAL, AMBER, VIOLET, RED), strict=False))
     width = 0.8 / len(names)
@@ -139,7 +148,7 @@ def newton_schulz(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_xticks(range(len(rows)), ["x".join(map(str, row["shape"])) for row in rows])
     axes.grid(False, axis="x")
     axes.legend(ncols=len(names), loc="upper left", bbox_to_anchor=(0.6, 1.14))
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def collectives(contenders: Mapping[str, Any]) -> str:
@@ -157,12 +166,12 @@ def collectives(contenders: Mapping[str, Any]) -> str:
         panel.tick_params(length=0, labelsize=8.5)
         _names_on_y(panel, [row["name"] for row in rows.values()])
     panels[0].legend(loc="lower right")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def traffic(rows: Sequence[Mapping[str, Any]]) -> str:
     """Traffic over AdamW's of every case, with the bounds."""
-    figure, axes = _axes(
+    figure, axes = make_axes(
         "bytes sent over ZeRO-1 AdamW's, counted, busiest rank", width=11, height=0.9 + 0.27 * len(rows)
     )
     colors = {("home", "bucketed"): BLUE, ("gather", "flat"): AMBER, ("gather", "bucketed"): RED}
@@ -183,12 +192,12 @@ def traffic(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     axes.set_yticks(range(len(rows)), names, fontsize=8.5)
     axes.grid(False, axis="y")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def share_curves(rows: Sequence[Mapping[str, Any]]) -> str:
     """The optimizer's share of forward-backward over the number of ranks."""
-    figure, axes = _axes("exposed optimizer time, share of forward-backward", height=4.1)
+    figure, axes = make_axes("exposed optimizer time, share of forward-backward", height=4.1)
     for setup, color in SETUP_COLORS.items():
         points = [(row["ranks"], row["share_of_forward_backward"]) for row in rows if row["setup"] == setup]
         if points:
@@ -201,13 +210,13 @@ def share_curves(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value * 100:g} %")
     _ranks_on_x(axes, rows)
     axes.legend(loc="lower right")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def exposed_parts(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the exposed milliseconds of the home strategy consist of."""
     ours = [row for row in rows if row["setup"] == "Muon, home"]
-    figure, axes = _axes("Muon, home: exposed milliseconds per step", height=4.1)
+    figure, axes = make_axes("Muon, home: exposed milliseconds per step", height=4.1)
     bottom = [0.0] * len(ours)
     for part, color in PART_COLORS.items():
         values = [row["exposed_seconds"].get(part, 0.0) * 1e3 for row in ours]
@@ -217,7 +226,7 @@ def exposed_parts(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_xlabel("ranks")
     axes.grid(False, axis="x")
     axes.legend(ncols=2, loc="upper center")
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def memory(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -226,7 +235,7 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> str:
     worlds = [world for world in (8, 64, 1024) if world in present] or present[:1]
     chosen = [row for world in worlds for row in rows if row["ranks"] == world and "flat" not in row["setup"]]
     parts = list(dict.fromkeys(part for row in chosen for part in row["memory_bytes"]))
-    figure, axes = _axes("memory of one rank, activations left out", height=4.1)
+    figure, axes = make_axes("memory of one rank, activations left out", height=4.1)
     values = {part: [row["memory_bytes"].get(part, 0.0) / 1e9 for row in chosen] for part in parts}
     colors = dict(zip(parts, (GREY, "#7fb0f5", BLUE, TEAL), strict=False))
     _stacked(axes, range(len(chosen)), values, colors)
@@ -237,13 +246,13 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> str:
     axes.set_xlabel("GB")
     axes.margins(x=0.12)
     axes.legend(loc="upper center", bbox_to_anchor=(0.35, -0.14), ncols=2)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def sensitivities(rows: Sequence[Mapping[str, Any]]) -> str:
     """The share after each single change, at each number of ranks."""
     worlds = list(rows[0]["share"])
-    figure, axes = _axes("what would change the share", height=4.6)
+    figure, axes = make_axes("what would change the share", height=4.6)
     for world, color in zip(worlds, (GREY, "#7fb0f5", BLUE), strict=False):
         shares = [row["share"][world] * 100 for row in rows]
         axes.scatter(shares, range(len(rows)), s=42, color=color, label=f"{int(world):,} ranks", zorder=3)
@@ -256,12 +265,12 @@ def sensitivities(rows: Sequence[Mapping[str, Any]]) -> str:
     _names_on_y(axes, [row["change"] for row in rows])
     axes.tick_params(axis="y", labelsize=8.5)
     axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.08), ncols=3)
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def links(fitted: Mapping[str, Any]) -> str:
     """Measured points and the fitted line of every collective."""
-    figure, axes = _axes("seconds of one collective over bytes sent per rank")
+    figure, axes = make_axes("seconds of one collective over bytes sent per rank")
     for (kind, link), color in zip(fitted.items(), (AMBER, VIOLET, TEAL), strict=False):
         sent, seconds = zip(*link["points"], strict=True)
         line = [link["alpha_seconds"] + count / link["bytes_per_second"] for count in sent]
@@ -272,7 +281,7 @@ def links(fitted: Mapping[str, Any]) -> str:
     axes.xaxis.set_major_formatter(lambda v, _: f"{v / 2**20:g} MiB" if v >= 2**20 else f"{v / 2**10:.0f} KiB")
     axes.yaxis.set_major_formatter(lambda v, _: f"{v * 1e3:g} ms")
     axes.legend()
-    return _svg(figure)
+    return as_svg(figure)
 
 
 def _ranks_on_x(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from perf.machine import describe_machine
+from launch.environment import describe_machine
 from perf.wire import WireCounter
 from tests.integrations import megatron_cpu
 from tests.integrations.megatron_job import Case, Job

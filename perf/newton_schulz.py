@@ -25,7 +25,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_muon.newton_schulz import COEFFICIENTS, choose_form, ns_flops, orthogonalize
-from perf.machine import describe_machine
+from launch.environment import describe_machine
 
 SHAPES = (
     (1024, 1024),

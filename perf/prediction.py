@@ -3,6 +3,7 @@
 What is assumed:
 
 - Forward and backward take FLOPs / (peak x MFU). FLOPs per token: 6 per active weight, and causal attention.
+  A `MeasuredTraining` brings their seconds instead.
 - Reduce-scatters hide under the backward and all-gathers under the forward of one microbatch; one bucket of each
   is always exposed, for nothing runs beside the first all-gather or the last reduce-scatter.
 - Rings over several nodes use every port of a node: a rank's rate is NVLink's or that of its group's ports in the
@@ -11,6 +12,7 @@ What is assumed:
 - All-to-alls between nodes use the rank's own port; each peer costs one message. Who sends or receives most sets
   the time. Waves are pipelined as `ShardedMuon.step` issues them; their Newton-Schulz adds up to the busiest
   rank's, for ranks wait only for those they exchange with.
+- A collective that delays the computation beside it (`perf.links` measures by how much; gloo does) exposes that delay.
 - Element-wise work runs at memory bandwidth. Host time, stragglers and congestion are left out.
 """
 
@@ -19,116 +21,18 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from distributed_muon.cost_model import A100_INFINIBAND, H100_ETHERNET, H100_INFINIBAND, Hardware, NewtonSchulz
-from distributed_muon.layout import bucket_elements
-from distributed_muon.model_shapes import NAMED_MODELS, model_shapes
 from distributed_muon.plan import Plan
-from distributed_muon.simulate import Domain, Job, simulate
+from distributed_muon.simulate import Domain
+from perf.cluster import Machine
+from perf.links import Link
+from perf.workload import Setup, Workload, data_parallel
 
 # Bytes read and written per element of a rank's shard. Both: mean of the fp32 gradient (8), gradient (4), master
 # (8), bf16 parameter (2). Muon: momentum (8), wire out and in (4). AdamW: two moments (16).
 _MUON_TOUCHED, _ADAMW_TOUCHED = 34, 38
-# Experts per token, which the shapes do not tell.
-ACTIVE_EXPERTS = {"moonlight-16b-a3b": 6, "deepseek-v3": 8, "kimi-k2": 8, "qwen3-30b-a3b": 8, "mixtral-8x7b": 2}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A cluster, as seen from one rank.
-
-    Args:
-        hardware: the planner's rates. peak_flops: dense 16-bit peak, which MFU is a share of.
-        memory_bytes_per_second: of device memory. link_efficiency: of the port's rate that NCCL reaches.
-        hop_seconds: of a ring, per further node. message_seconds: per peer of an all-to-all.
-    """
-
-    hardware: Hardware
-    peak_flops: float
-    memory_bytes_per_second: float
-    link_efficiency: float = 0.85
-    hop_seconds: float = 5e-6
-    message_seconds: float = 2e-6
-
-
-MACHINES = {
-    "h100-ib400": Machine(H100_INFINIBAND, 989e12, 3.35e12),
-    "h100-eth100": Machine(H100_ETHERNET, 989e12, 3.35e12),
-    "a100-ib200": Machine(A100_INFINIBAND, 312e12, 2.0e12),
-}
-
-
-@dataclass(frozen=True)
-class Training:
-    """What is trained, on how many ranks, and how well.
-
-    Args:
-        model: of NAMED_MODELS. ranks: all of them. tp, pp, ep: parallel sizes; data parallel is the rest.
-        global_tokens: per step; each rank gets at least one sequence. sequence: tokens of a sequence, and of a
-            microbatch. mfu: share of the peak that forward and backward reach.
-    """
-
-    model: str
-    ranks: int
-    tp: int = 1
-    pp: int = 1
-    ep: int = 1
-    global_tokens: int = 2048 * 8192
-    sequence: int = 8192
-    mfu: float = 0.35
-
-    @property
-    def dp(self) -> int:
-        return self.ranks // (self.tp * self.pp)
-
-    @property
-    def tokens_per_rank(self) -> float:
-        """Per step, the tokens of the batch over all ranks: parallel ranks share their sequences."""
-        return max(self.global_tokens / self.ranks, self.sequence / (self.tp * self.pp))
-
-    def flops_per_token(self) -> float:
-        """Forward and backward, without recomputation."""
-        config = NAMED_MODELS[self.model]
-        weights = 0.0
-        for shape in model_shapes(config):
-            if len(shape.shape) == 2 and shape.role != "embedding":
-                experts = config.get("n_routed_experts") or config.get("num_experts") or config.get("num_local_experts")
-                weights += shape.numel * (ACTIVE_EXPERTS[self.model] / experts if shape.expert else 1)
-        heads, plain = config["num_attention_heads"], config.get("head_dim")
-        if "v_head_dim" in config:
-            width = heads * (config["qk_nope_head_dim"] + config["qk_rope_head_dim"] + config["v_head_dim"])
-        else:
-            width = 2 * heads * (plain or config["hidden_size"] // heads)
-        # Scores and their sum over values: 2 FLOPs x half the sequence, forward once and backward twice.
-        return 6 * weights + 3 * config["num_hidden_layers"] * self.sequence * width
-
-    def forward_backward_seconds(self, machine: Machine) -> float:
-        """Of one step."""
-        return self.flops_per_token() * self.tokens_per_rank / (machine.peak_flops * self.mfu)
-
-    @property
-    def microbatches(self) -> float:
-        """Sequences of one data-parallel rank per step."""
-        return max(1.0, self.global_tokens / self.sequence / self.dp)
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The optimizer.
-
-    Args:
-        strategy: "home", "gather" or "adamw". layout, bucket_mb: as `simulate.Job` takes them.
-        newton_schulz: iteration options; element_bytes also of the wire. overlap: whether reduce-scatter and
-            all-gather run under backward and forward.
-    """
-
-    strategy: str = "home"
-    layout: str = "bucketed"
-    bucket_mb: float | None = None
-    newton_schulz: NewtonSchulz = field(default_factory=NewtonSchulz)
-    overlap: bool = True
 
 
 @dataclass(frozen=True)
@@ -171,7 +75,7 @@ class Prediction:
         }
 
 
-def predict(training: Training, setup: Setup, machine: Machine) -> Prediction:
+def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
     """Predict the slowest pipeline stage.
 
     Raises:
@@ -180,11 +84,7 @@ def predict(training: Training, setup: Setup, machine: Machine) -> Prediction:
     if training.ranks % (training.tp * training.pp):
         raise ValueError(f"tp x pp = {training.tp * training.pp} does not divide {training.ranks} ranks")
     adamw = setup.strategy == "adamw"
-    job = Job(
-        training.dp, training.tp, training.pp, training.ep, setup.layout,
-        "home" if adamw else setup.strategy, setup.bucket_mb,
-    )  # fmt: skip
-    stage = simulate(model_shapes(NAMED_MODELS[training.model]), job)
+    stage = training.stage(setup)
     forward_backward = training.forward_backward_seconds(machine)
     microbatch = forward_backward / training.microbatches
     ring = {"reduce_scatter": 0.0, "all_gather": 0.0}
@@ -195,13 +95,12 @@ def predict(training: Training, setup: Setup, machine: Machine) -> Prediction:
     sent = 0.0
     compute: list[list[float]] = [[] for _ in range(training.dp * training.tp)]  # by rank and domain
     domain_waves: list[WaveSeconds] = []
-    for domain in stage.domains:
+    for domain, buckets in zip(stage.domains, stage.buckets, strict=True):
         place = _place(domain, training, machine)
         local = sum(tensor.numel for tensor in domain.plan.layout.tensors)
         muon = 0 if adamw else sum(t.numel for t in domain.plan.layout.tensors if t.rule is not None)
-        buckets = 1 if setup.layout == "flat" else -(-local // bucket_elements(setup.bucket_mb, place.dp))
         for kind, share in (("reduce_scatter", 4 / 6), ("all_gather", 2 / 6)):
-            seconds = buckets * place.ring_latency + domain.adamw_bytes * share / place.ring_rate
+            seconds = place.ring_seconds(kind, buckets, domain.adamw_bytes * share)
             ring[kind] += seconds
             one_bucket[kind] = max(one_bucket[kind], seconds / buckets)
         touched = muon * _MUON_TOUCHED + (local - muon) * _ADAMW_TOUCHED
@@ -217,19 +116,21 @@ def predict(training: Training, setup: Setup, machine: Machine) -> Prediction:
             for rank in range(training.dp * training.tp):
                 compute[rank].append(waves.newton_schulz[rank // domain.ranks_per_slice])
             domain_waves.append(waves)
-            communication["exchange"] += sum(waves.gather) + sum(waves.scatter)
+            communication["exchange"] += waves.exchange
             sent += max(map(sum, zip(plan.exchange_bytes_by_rank, plan.team_bytes_by_rank, strict=True)))
             memory["waves, transient"] = max(memory["waves, transient"], 5 * waves.home_bytes)
     if domain_waves:
         busiest = max(compute, key=sum)
         exposed["newton_schulz"] = sum(busiest)
         exposed["exchange"] = sum(
-            pipeline(waves, seconds) - seconds for waves, seconds in zip(domain_waves, busiest, strict=True)
+            max(pipeline(waves, seconds) - seconds, machine.delay("all_to_all") * waves.exchange)
+            for waves, seconds in zip(domain_waves, busiest, strict=True)
         )
     windows = {"reduce_scatter": microbatch * 2 / 3, "all_gather": microbatch / 3}
     for kind, seconds in ring.items():
         communication[kind] = seconds
-        exposed[kind] = max(one_bucket[kind], seconds - windows[kind]) if setup.overlap else seconds
+        shown = max(one_bucket[kind], seconds - windows[kind], seconds * machine.delay(kind))
+        exposed[kind] = shown if setup.overlap else seconds
     return Prediction(
         forward_backward, dict(exposed), dict(communication), sent, dict(memory),
         None if adamw else stage.ns_max_over_ideal,
@@ -249,21 +150,27 @@ class _Place:
     tree_latency: float
     ring_rate: float
     near_share: float  # of an all-to-all's bytes that stay in the node
+    links: Mapping[str, Link]
+
+    def ring_seconds(self, kind: str, calls: int, sent_bytes: float) -> float:
+        """Of so many calls that send so much in all."""
+        if kind in self.links:
+            return calls * self.links[kind].seconds(sent_bytes / calls)
+        return calls * self.ring_latency + sent_bytes / self.ring_rate
 
 
-def _place(domain: Domain, training: Training, machine: Machine) -> _Place:
+def _place(domain: Domain, training: Workload, machine: Machine) -> _Place:
     hardware, world = machine.hardware, domain.plan.layout.world
     stride = domain.ranks_per_slice
     in_node = max(1, min(world, hardware.node_ranks // stride))
-    expert = domain.name == "experts"
-    dp = world if expert else training.dp
-    ring_in_node = in_node if expert else max(1, min(dp, hardware.node_ranks // training.tp))
+    dp = data_parallel(domain, training.dp)
+    ring_in_node = in_node if domain.name == "experts" else max(1, min(dp, hardware.node_ranks // training.tp))
     nodes = -(-dp // ring_in_node)
     ports = ring_in_node * hardware.link_bytes_per_second * machine.link_efficiency
     rate = hardware.node_bytes_per_second if nodes == 1 else min(hardware.node_bytes_per_second, ports)
     ring = hardware.latency_seconds + (nodes - 1) * machine.hop_seconds
     tree = hardware.latency_seconds + 2 * math.ceil(math.log2(nodes)) * machine.hop_seconds
-    return _Place(dp, ring, tree, rate, (in_node - 1) / (world - 1) if world > 1 else 1.0)
+    return _Place(dp, ring, tree, rate, (in_node - 1) / (world - 1) if world > 1 else 1.0, machine.links)
 
 
 @dataclass(frozen=True)
@@ -281,6 +188,11 @@ class WaveSeconds:
     scatter: tuple[float, ...]
     newton_schulz: tuple[float, ...]
     home_bytes: int = 0
+
+    @property
+    def exchange(self) -> float:
+        """Seconds of all all-to-alls, were nothing hidden."""
+        return sum(self.gather) + sum(self.scatter)
 
 
 def pipeline(waves: WaveSeconds, compute: float) -> float:
@@ -342,7 +254,9 @@ def _waves(plan: Plan, place: _Place, machine: Machine) -> WaveSeconds:
         at_home: dict[int, int] = defaultdict(int)
         for matrix in members:
             team = plan.teams.get(matrix, ())
-            work = newton_schulz.flops(matrices[matrix]) / hardware.matmul_flops
+            work = machine.newton_schulz.get(matrices[matrix].shape)
+            if work is None or team:
+                work = newton_schulz.flops(matrices[matrix]) / hardware.matmul_flops
             if team:
                 near = len(team) <= hardware.node_ranks
                 rate = hardware.node_bytes_per_second if near else hardware.link_bytes_per_second
@@ -370,6 +284,8 @@ def _all_to_all(count: int, messages: int, place: _Place, machine: Machine) -> f
     """Seconds until the rank that moves `count` bytes is done; nothing where nobody moves any."""
     if not count:
         return 0.0
+    if "all_to_all" in place.links:
+        return place.links["all_to_all"].seconds(count)
     hardware = machine.hardware
     far = count * (1 - place.near_share) / (hardware.link_bytes_per_second * machine.link_efficiency)
     near = count * place.near_share / hardware.node_bytes_per_second

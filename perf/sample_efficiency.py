@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from distributed_muon import DistributedMuon, muon_param_groups
 from launch.data import load_data
+from launch.environment import describe_machine
 from launch.models import build_model, cast_parameters, update_expert_bias
 from launch.schedule import cosine_schedule
 from launch.validation import validation_loss
 from launch.world import World
-from perf.machine import describe_machine
 
 SIZES = {
     "small": {"hidden_size": 64, "num_hidden_layers": 2},

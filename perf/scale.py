@@ -2,9 +2,10 @@
 
     python -m perf.scale [--model moonlight-16b-a3b] [--hardware h100-ib400 | --links FILE] [--json FILE]
     python -m perf.scale --check-bytes      # also one rank of up to 1,024, on torch's fake process group
+    python -m perf.scale --links links.json --check comm.json    # instead, predicts the steps that perf.comm measured
 
-`perf.prediction` says what is assumed; every input is printed. "Share" is what the optimizer adds to a step,
-hidden communication excluded, over forward-backward.
+`perf.prediction` says what is assumed, and `perf.check` what a check takes from measurements; every input is printed.
+"Share" is what the optimizer adds to a step, hidden communication excluded, over forward-backward.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from distributed_muon.cost_model import NewtonSchulz
 from distributed_muon.model_shapes import NAMED_MODELS
+from launch.environment import describe_machine
 from perf import prediction
+from perf.check import check, print_checks
+from perf.cluster import MACHINES, Machine, fitted_machine
 from perf.fake_world import CASES, format_outcomes, run_case
-from perf.links import hardware
-from perf.machine import describe_machine
-from perf.prediction import MACHINES, Machine, Setup, Training, predict
+from perf.prediction import predict
+from perf.workload import ACTIVE_EXPERTS, Setup, Training
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 HEADLINE_RANKS = (64, 256, 1024)
@@ -127,7 +130,8 @@ def sensitivities(training: Training, machine: Machine) -> Iterator[dict[str, An
 def assumptions(training: Training, machine: Machine) -> dict[str, Any]:
     """Every input of the prediction, for people."""
     hardware_entries = {f"hardware.{key}": value for key, value in asdict(machine.hardware).items()}
-    machine_entries = {key: value for key, value in asdict(machine).items() if key != "hardware"}
+    apart = ("hardware", "links", "newton_schulz")
+    machine_entries = {key: value for key, value in asdict(machine).items() if key not in apart}
     inputs = {key: value for key, value in asdict(training).items() if key != "ranks"}
     return {
         **inputs,
@@ -160,6 +164,28 @@ def print_tables(result: dict[str, Any]) -> None:
         print(f"  {row['change']:50s} " + " ".join(f"{share:8.2%}" for share in row["share"].values()))
 
 
+def check_files(fitted: dict[str, Any] | None, paths: Sequence[Path], output: Path | None) -> None:
+    """Predict what each result of perf.comm in `paths` measured; print, and write to `output`.
+
+    Raises:
+        ValueError: a file that cannot be checked, by name.
+    """
+    if fitted is None:
+        raise ValueError("--check predicts from the rates of --links FILE: measure them with perf.links on these ranks")
+    checks = []
+    for path in paths:
+        try:
+            measured = json.loads(path.read_text())
+            checks.append({"settings": measured["settings"], "rows": check(fitted, measured)})
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+        print(f"{path.name}, {measured['world']} ranks")
+        print_checks(checks[-1]["rows"])
+    if output:
+        machine = describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}")
+        output.write_text(json.dumps({"machine": machine, "checks": checks}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(NAMED_MODELS), default="moonlight-16b-a3b")
@@ -173,18 +199,21 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=Training.sequence)
     parser.add_argument("--mfu", type=float, default=Training.mfu, help="of forward and backward, assumed")
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    parser.add_argument(
+        "--check", type=Path, nargs="+", metavar="FILE", help="results of perf.comm --json on the ranks of --links"
+    )
     parser.add_argument("--check-bytes", action="store_true", help="run the real optimizer on the fake process group")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
-    experts = args.model in prediction.ACTIVE_EXPERTS
+    experts = args.model in ACTIVE_EXPERTS
     ep = args.ep or (8 if experts else 1)
     training = Training(args.model, 0, args.tp, args.pp, ep, args.global_tokens, args.sequence, args.mfu)
-    machine = MACHINES[args.hardware]
-    if args.links:
-        fitted = json.loads(args.links.read_text())
-        rates = hardware(fitted)
-        machine = Machine(rates, rates.matmul_flops, fitted["memory_bytes_per_second"], link_efficiency=1.0)
     try:
+        fitted = json.loads(args.links.read_text()) if args.links else None
+        if args.check:
+            check_files(fitted, args.check, args.json)
+            return
+        machine = fitted_machine(fitted) if fitted else MACHINES[args.hardware]
         result: dict[str, Any] = {
             "machine": describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}"),
             "assumptions": assumptions(training, machine),

@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 
 from distributed_muon.newton_schulz import ns_flops
+from launch.environment import describe_machine
 from launch.world import World, open_world
 from perf.links import matmul_flops
-from perf.machine import describe_machine
 from perf.memory import transient_bytes
 from perf.peers import Contender, contenders
 from perf.wire import WireCounter

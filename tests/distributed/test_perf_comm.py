@@ -38,6 +38,27 @@ def test_every_collective_is_predicted_and_recorded(rank: int, world: int) -> No
     assert sum(counted.values()) == sum(row["bytes_measured"] for row in rows.values())
     assert all(row["bytes_measured"] == row["bytes_predicted"] > 0 for row in rows.values())
     assert all(row["alone_seconds"] > 0 and row["exposed_seconds"] >= 0 for row in rows.values())
+    assert all(row["exposed_seconds"] >= row["exposed_seconds_least"] for row in rows.values())
+    computation = result["computation"]
+    shapes = {"x".join(map(str, matrix.shape)) for matrix in home.optimizer.plan.layout.matrices}
+    assert set(computation["newton_schulz_seconds"]) == shapes
+    assert 0 < computation["forward_backward_seconds"] < 10
+    # The same on all ranks: the slowest rank's.
+    everywhere = home._world.gather((result["step_seconds"], computation, result["plan"]))
+    assert everywhere[0] == everywhere[1]
+
+
+@on_ranks(2)
+def test_measuring_computation_alone_changes_nothing_and_sends_nothing(rank: int, world: int) -> None:
+    home = training("home", rank, world)
+    home.step()
+    home.optimizer.wait_params()
+    before = [p.master.clone() for p in home.optimizer.sharded_parameters]
+    home.recorder.calls.clear()
+    home._computation(1)
+    assert not home.recorder.calls
+    assert all(torch.equal(a, p.master) for a, p in zip(before, home.optimizer.sharded_parameters, strict=True))
+    assert all(parameter.grad is None for parameter in home._model.parameters())
 
 
 @on_ranks(2)
@@ -82,3 +103,5 @@ def test_links_count_what_they_send(rank: int, world: int) -> None:
         sent, seconds = links.measure(Collectives(), kind, 40_000, 2, torch.device("cpu"))
         assert sent == 40_000
         assert 0 < seconds < 10
+        delay = links.measure_delay(Collectives(), kind, (sent, seconds), 1, torch.device("cpu"))
+        assert 0 <= delay < 1000

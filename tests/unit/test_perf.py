@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from distributed_muon.cost_model import NewtonSchulz
-from perf import fake_world, links, report
+from distributed_muon.cost_model import Hardware, NewtonSchulz
+from distributed_muon.layout import Layout, Shard
+from distributed_muon.matrices import TensorSpec, Whole
+from distributed_muon.plan import make_plan
+from distributed_muon.simulate import Domain
+from launch.world import World
+from perf import comm, fake_world, links, report
+from perf.check import check
+from perf.cluster import MACHINES, Machine
 from perf.fake_world import Case, run_case
-from perf.prediction import MACHINES, Setup, Training, WaveSeconds, pipeline, predict
+from perf.prediction import WaveSeconds, pipeline, predict
+from perf.workload import MeasuredTraining, Setup, Training
 
 H100 = MACHINES["h100-ib400"]
 MOONLIGHT = Training("moonlight-16b-a3b", 64, ep=8)
@@ -45,11 +55,116 @@ def test_fitted_rates_become_hardware() -> None:
         "node_ranks": 2,
         "backend": "gloo",
         "matmul_flops": 1e11,
-        "links": {kind: {"alpha_seconds": a, "bytes_per_second": b} for kind, (a, b) in rates.items()},
+        "links": {
+            kind: {"alpha_seconds": a, "bytes_per_second": b, "delay": 0.5, "points": [[1000, 0.1], [3000, 0.2]]}
+            for kind, (a, b) in rates.items()
+        },
     }
     hardware = links.hardware(fitted)
     assert (hardware.latency_seconds, hardware.link_bytes_per_second) == (5e-5, 1e9)
     assert (hardware.node_bytes_per_second, hardware.node_ranks, hardware.matmul_flops) == (3e9, 2, 1e11)
+
+
+def test_measured_points_are_interpolated_and_extended() -> None:
+    link = links.Link(1e-3, 1000.0, points=((1000, 1.0), (3000, 2.0)))
+    assert [link.seconds(sent) for sent in (10, 1000, 2000, 3000, 5000)] == [1.0, 1.0, 1.5, 2.0, 4.0]
+
+
+def test_links_of_an_older_format_are_refused() -> None:
+    with pytest.raises(ValueError, match="'delay' is missing: measure again"):
+        links.fitted_links({"links": {kind: {"alpha_seconds": 0, "bytes_per_second": 1} for kind in links.KINDS}})
+
+
+def two_rank_training() -> MeasuredTraining:
+    """Two 16x16 matrices and an AdamW vector of 32; one bucket for each kind, of 512 and 32 elements."""
+    tensors = [TensorSpec("a", (16, 16), Whole()), TensorSpec("b", (16, 16), Whole()), TensorSpec("norm", (32,), None)]
+    # Rank 0 holds all of a and half of the norm; rank 1 the rest.
+    shards = [[Shard(0, 0, 256), Shard(2, 0, 16)], [Shard(1, 0, 256), Shard(2, 16, 32)]]
+    plan = make_plan(Layout.build(tensors, shards), "home")
+    domain = Domain("all", plan, 1, 0, 0, adamw_bytes=6 * 544 / 2)
+    return MeasuredTraining(2, domain, buckets=2, forward_backward=3.0)
+
+
+def measured_machine(delay: float) -> Machine:
+    """A byte a microsecond after 10 us; 1 s a matrix; 1 KB/s of memory."""
+    rates = Hardware("made up", 1e9, 1e6, 1e-5, 1, 1e6)
+    link = links.Link(1e-5, 1e6, delay)
+    return Machine(rates, 1e9, 1e3, links=dict.fromkeys(links.KINDS, link), newton_schulz={(16, 16): 1.0})
+
+
+def test_a_measured_step_is_predicted_as_by_hand() -> None:
+    found = predict(two_rank_training(), Setup("home"), measured_machine(0.0))
+    assert found.forward_backward == 3.0
+    assert found.exposed["newton_schulz"] == 1.0  # a matrix at each home, where it lies already
+    assert found.exposed["exchange"] == 0.0
+    # 512 Muon elements of 34 bytes and 32 of AdamW's 38, half of them on each rank.
+    assert found.exposed["elementwise"] == pytest.approx((512 * 34 + 32 * 38) / 2 / 1e3)
+    # fp32 reduce-scatter: 544 x 4 / 2 = 1,088 bytes in 2 calls, of which the last is exposed; bf16 all-gather: half.
+    assert found.communication["reduce_scatter"] == pytest.approx(2e-5 + 1088e-6)
+    assert found.exposed["reduce_scatter"] == pytest.approx(1e-5 + 544e-6)
+    assert found.exposed["all_gather"] == pytest.approx(1e-5 + 272e-6)
+
+
+def test_a_collective_that_delays_computation_is_exposed_and_a_slow_one_outlasts_its_window() -> None:
+    training = two_rank_training()
+    found = predict(training, Setup("home"), measured_machine(0.75))
+    assert found.exposed["reduce_scatter"] == pytest.approx(0.75 * (2e-5 + 1088e-6))
+    short = replace(training, forward_backward=6e-4)  # of which the backward is 4e-4
+    found = predict(short, Setup("home"), measured_machine(0.0))
+    assert found.exposed["reduce_scatter"] == pytest.approx(2e-5 + 1088e-6 - 4e-4)
+
+
+def test_pieces_away_from_home_pay_two_all_to_alls() -> None:
+    training = two_rank_training()
+    tensors = training.domain.plan.layout.tensors
+    shards = [[Shard(0, 0, 128), Shard(1, 0, 128), Shard(2, 0, 32)], [Shard(0, 128, 256), Shard(1, 128, 256)]]
+    plan = make_plan(Layout.build(tensors, shards), "home")
+    found = predict(replace(training, domain=replace(training.domain, plan=plan)), Setup("home"), measured_machine(0.0))
+    # A half matrix of bf16 each way: 256 bytes.
+    assert found.exposed["exchange"] == pytest.approx(2 * (1e-5 + 256e-6))
+    assert found.exposed["newton_schulz"] == 1.0
+
+
+def measured_run(world: int) -> dict:
+    """What perf.comm would have written of "home", but for its plan."""
+    words = ["--hidden-size", "64", "--layers", "2", "--bucket-mb", "0.1"]
+    computation = {"forward_backward_seconds": 2.0, "newton_schulz_seconds": {"64x192": 0.5, "192x64": 0.25}}
+    rows = {"reduce_scatter": {"calls": 5, "exposed_seconds_least": 0.25}}
+    contender = {"computation": computation, "collectives": rows, "phases": {"newton_schulz": 0.125, "update": 0.5,
+                 "momentum": 0.25}, "step_seconds": 4.0, "plan": "another"}  # fmt: skip
+    settings = vars(comm.parse_arguments(words))
+    return {"world": world, "device": "cpu", "settings": settings, "contenders": {"home": contender}}
+
+
+def test_a_check_compares_the_plan_of_the_measured_run() -> None:
+    fitted = {
+        "world": 2, "node_ranks": 1, "backend": "gloo", "machine": MACHINE, "matmul_flops": 1e12,
+        "memory_bytes_per_second": 1e12,
+        "links": {kind: {"alpha_seconds": 0.0, "bytes_per_second": 1e9, "delay": 0.0, "points": [[1, 0.125]]}
+                  for kind in links.KINDS},
+    }  # fmt: skip
+    measured = measured_run(2)
+    with pytest.raises(ValueError, match="home: the plan built here is not the measured one"):
+        check(fitted, measured)
+    with fake_world.fake_rank(0, 2):
+        world = World(0, 2, torch.device("cpu"))
+        optimizer = comm.Training("home", world, Namespace(**measured["settings"])).optimizer
+    measured["contenders"]["home"]["plan"] = comm.plan_digest(optimizer.plan)
+    (row,) = check(fitted, measured)
+    seconds = {(64, 192): 0.5, (192, 64): 0.25}
+    by_rank = [0.0, 0.0]
+    for matrix, homes in zip(optimizer.plan.layout.matrices, optimizer.plan.homes, strict=True):
+        by_rank[homes[0]] += seconds.get(matrix.shape, 0.0)
+    parts = row["parts"]
+    assert parts["newton_schulz"] == {"predicted": pytest.approx(max(by_rank), rel=1e-3), "measured": 0.125}
+    assert parts["elementwise"]["measured"] == 0.75
+    # Five calls of 0.125 s are 0.625 s, all under a backward of 4/3 s but the last.
+    assert parts["reduce_scatter"] == {"predicted": pytest.approx(0.125, rel=1e-2), "measured": 0.25}
+    assert row["predicted_seconds"] == pytest.approx(2.0 + sum(part["predicted"] for part in parts.values()))
+    assert row["ratio"] == row["predicted_seconds"] / 4.0
+    assert row["rest_seconds"] == 4.0 - 2.0 - 0.125 - 0.75 - 0.25
+    with pytest.raises(ValueError, match=r"--links is of 2 ranks and --check of 4"):
+        check(fitted, measured_run(4))
 
 
 def test_pipeline_hides_exchange_behind_newton_schulz() -> None:
@@ -140,9 +255,10 @@ MACHINE = {
 
 
 def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
-    row = {"seconds": 1.0, "state_bytes": 8 << 20, "sent_bytes": {"all_gather": 1 << 20}, "ns_calls": 3}
+    row = {"seconds": 1.0, "state_bytes": 8 << 20, "sent_bytes": 1 << 20, "transient_bytes": 2 << 20, "ns_calls": 3}
     ours = {**row, "name": "DistributedMuon home", "phases": {"newton_schulz": 0.7, "gather_wait": 0.1}}
-    step = {"machine": MACHINE, "world": 2, "rows": [ours, {**row, "name": "torch.optim.Muon", "seconds": 2.5}]}
+    rows = [ours, {**row, "name": "torch.optim.Muon", "seconds": 2.5}]
+    step = {"machine": MACHINE, "world": 2, "floor_seconds": 0.5, "rows": rows}
     (tmp_path / "step.json").write_text(json.dumps(step))
     page = report.build(report.load(tmp_path))
     assert "<b>2.50x</b>" in page and "A whole optimizer step" in page and "8 MiB" in page
@@ -150,6 +266,14 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     assert page.count("<svg") == 2
     assert not re.search(r'(src|href)="(?!#)', page)  # no file, no network
     assert page == report.build(report.load(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in report.SECTIONS])
+def test_a_result_of_another_format_is_named(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"{kind}_old.json"
+    path.write_text(json.dumps({"machine": MACHINE, "rows": [{"seconds": {}}]}))
+    with pytest.raises(ValueError, match=rf"{kind}_old\.json is no result of this perf\.{kind} .*: measure again"):
+        report.build(report.load(tmp_path))
 
 
 def test_report_without_results_says_what_to_run(tmp_path: Path) -> None:
