@@ -41,7 +41,7 @@ SIZES = {
     "large": {"hidden_size": 128, "num_hidden_layers": 4},
 }
 LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-MULTIPLES = (1, 2, 4)  # of AdamW's best, that Muon is tried at
+MULTIPLES = (1, 2, 4, 8)  # of AdamW's best, that Muon is tried at
 SHORT = 0.65  # of the steps
 Runs = list[dict[str, Any]]  # of one model, optimizer and learning rate, by seed
 BATCH, SEQUENCE, VALIDATE_EVERY, VALIDATION_SAMPLES = 16, 128, 10, 64

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from distributed_muon.newton_schulz import ns_flops
 from launch.environment import describe_machine
 from launch.world import World, open_world
-from perf.links import matmul_flops
+from perf.links import matmul_flops, started_as
 from perf.memory import transient_bytes
 from perf.peers import Contender, contenders
 from perf.wire import WireCounter
@@ -133,7 +133,8 @@ def main() -> None:
             return
         print_rows(rows, floor, rate)
         if args.json:
-            result = {"machine": describe_machine(), "world": world.size, "layers": args.layers, "rows": rows,
+            machine = describe_machine(started_as("perf.step"))
+            result = {"machine": machine, "world": world.size, "layers": args.layers, "rows": rows,
                       "floor_seconds": floor, "matmul_flops": rate}  # fmt: skip
             args.json.write_text(json.dumps(result, indent=1) + "\n")
 
