@@ -33,8 +33,8 @@ import torch
 import torch.distributed as dist
 
 from distributed_muon.collectives import Collectives
+from launch.environment import PACKAGES
 
-PACKAGES = ("torch", "numpy", "distributed_muon", "deepspeed", "megatron-core", "triton")
 SLOW = 0.5  # a node below this share of the median bandwidth is named
 LINK_BYTES = 4 << 20
 GROUP_NUMEL = 1 << 20
