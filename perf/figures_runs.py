@@ -74,7 +74,7 @@ def loss_panels(rows: Sequence[Mapping[str, Any]]) -> str:
             axes.plot(*zip(*row["curves"][name], strict=True), linewidth=1.8, color=color, label=RUN_NAMES[name])
         final = row["curves"]["adamw"][-1][1]
         axes.axhline(final, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_ylim(final - 0.3, final + 1.0)
+        axes.set_ylim(min(loss for curve in row["curves"].values() for _, loss in curve) - 0.05, final + 1.0)
         axes.tick_params(length=0, labelsize=8.5)
         axes.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M", fontsize=10)
     for axes in panels.flat[len(rows) :]:

@@ -19,9 +19,9 @@ h2 { font-size: 20px; margin: 0 0 4px; letter-spacing: -0.01em; }
 p { margin: 4px 0 12px; color: var(--soft); max-width: 90ch; }
 section { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 24px 28px; margin-top: 22px; }
 svg { width: 100%; height: auto; display: block; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 14px; margin-top: 22px; }
-.tile { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 16px 18px; }
-.tile b { display: block; font-size: 27px; letter-spacing: -0.02em; color: var(--accent); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(145px, 1fr)); gap: 14px; margin-top: 22px; }
+.tile { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 16px 14px; }
+.tile b { display: block; font-size: 25px; letter-spacing: -0.02em; color: var(--accent); }
 .tile span { color: var(--soft); font-size: 13px; line-height: 1.35; display: block; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 26px; align-items: start; }
 @media (max-width: 860px) { .pair { grid-template-columns: 1fr; } }

@@ -79,9 +79,12 @@ def tiles(results: dict[str, list[Any]]) -> str:
     if ratios:
         found.append((f"{min(ratios):.2f}-{max(ratios):.2f}x", "predicted over measured training step, two hosts"))
     for result in results.get("sample_efficiency", ())[:1]:
-        shares = [share for row in result["rows"] for share in row["share_of_steps"] if share]
-        if shares:
-            found.append((f"{statistics.median(shares):.2f}", "of AdamW's steps to its loss, median of toy models"))
+        same, own = ([share for row in result["rows"] for share in row[key]]
+                     for key in ("share_of_steps", "tuned_share_of_steps"))  # fmt: skip
+        if all(own):
+            text = "of AdamW's steps to its best loss, median of toy runs at Muon's own rate; at AdamW's rate "
+            reached = f"{sum(map(bool, same))} of {len(same)} get there"
+            found.append((f"{statistics.median(own):.2f}", text + reached))
     for result in results.get("scale", ())[:1]:
         homes = [row for row in result.get("bytes", ()) if row["case"]["strategy"] == "home"]
         if homes:

@@ -218,7 +218,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             axis.plot(*zip(*row["curves"][name], strict=True), label=label)
         final = row["curves"]["adamw"][-1][1]
         axis.axhline(final, color="0.7", linewidth=0.8)
-        axis.set_ylim(final - 0.25, final + 1.0)
+        axis.set_ylim(min(loss for curve in row["curves"].values() for _, loss in curve) - 0.05, final + 1.0)
         axis.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M, lr {row['lr']:g}")
         axis.set(xlabel="step", ylabel="validation loss")
     axes.flat[0].legend()
