@@ -189,6 +189,9 @@ class Steps:
     def save(self):
         self.calls.append(f"save {self.done}")
 
+    def export(self, folder):
+        self.calls.append(f"export {folder.name}")
+
     def explain(self):
         return "the plan" if self.calls else ""  # as DeepSpeed's: there is none before the first step
 
@@ -196,8 +199,9 @@ class Steps:
         return {"extra": 1}
 
 
-def run(trainer, folder: Path, steps: int):
+def run(trainer, folder: Path, steps: int, save_hf: Path | None = None):
     args = Namespace(
+        save_hf=save_hf,
         **{"model": "none", "steps": steps, "run_dir": folder, "sequence_length": 4, "validation_samples": 8},
         **{"validation_interval": 2, "checkpoint_interval": 3, "log_interval": 1, "log_to": []},
     )
@@ -233,6 +237,18 @@ def test_loop_stops_with_one_checkpoint_and_without_results(tmp_path, capsys):
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"stopped after step 6; continue with --resume --run-dir {tmp_path}"
     assert not (tmp_path / "results.json").exists()
+
+
+def test_loop_writes_the_model_at_the_end_only_and_refuses_a_folder_in_use_at_once(tmp_path):
+    trainer, target = Steps(), tmp_path / "model"
+    run(trainer, tmp_path / "run", 2, target)
+    assert trainer.calls[-1] == "export model"
+    assert run(Steps(stop_at=1), tmp_path / "stopped", 2, target) is None
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="exists already: name another folder"):
+        run(trainer, tmp_path / "again", 2, target)
+    assert not (tmp_path / "again").exists()
 
 
 def test_loop_with_nothing_left_to_do_validates_only(tmp_path):
