@@ -23,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from distributed_muon.integrations.deepspeed import optimizer_from_config
 from launch.data import load_data
+from launch.world import leave
 
 CONFIG = Path(__file__).parent / "configs" / "deepspeed_hf.json"
 
@@ -87,6 +88,7 @@ def main() -> None:
     trainer.train()
     if trainer.is_world_process_zero():
         print(json.dumps([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]), flush=True)
+    leave()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from launch.models import huggingface, update_expert_bias
 from launch.run_dir import RunDirectory
 from launch.schedule import cosine_schedule
 from launch.validation import validation_loss
-from launch.world import StopRequest, World, open_world
+from launch.world import StopRequest, World, leave, open_world
 
 CONFIG = Path(__file__).parent / "configs" / "deepspeed_zero1.json"
 
@@ -170,6 +170,7 @@ def main() -> None:
     args = parse_arguments()
     with open_world(args.device) as world:
         train(Trainer, args, world)
+    leave()
 
 
 if __name__ == "__main__":
