@@ -19,8 +19,8 @@ from torch import Tensor
 from distributed_muon.timing import Flight, StepTimer
 
 # torch 2.13 renamed the two; older releases only know the first names.
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Pending:
@@ -83,7 +83,7 @@ class Collectives:
             return Pending(())
         flight = self._count("reduce_scatter", _share(input, self.size))
         if not self._direct:
-            work = _reduce_scatter(output, input, group=self.group, async_op=True)
+            work = reduce_scatter_single(output, input, group=self.group, async_op=True)
             return Pending([work], output, input, flight=flight)
         parts = input.view(self.size, -1)
         received = torch.empty_like(parts)
@@ -110,7 +110,7 @@ class Collectives:
         flight = self._count("all_gather", _share(output, self.size))
         parts = output.view(self.size, -1)
         if not self._direct:
-            work = _all_gather(output, parts[self.rank], group=self.group, async_op=True)
+            work = all_gather_single(output, parts[self.rank], group=self.group, async_op=True)
             return Pending([work], output, flight=flight)
         others = self._others()
         works = self._messages({p: parts[self.rank] for p in others}, {p: parts[p] for p in others})

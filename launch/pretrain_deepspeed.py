@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -145,10 +144,7 @@ class Trainer:
     def save(self) -> None:
         """DeepSpeed's checkpoint now, and older ones deleted; collective."""
         self.engine.save_checkpoint(self._checkpoints, f"step-{self.done:08d}", client_state={"step": self.done})
-        if self.world.main:
-            for _, old in self.run.checkpoints()[: -self.args.keep_checkpoints]:
-                shutil.rmtree(old)
-        self.world.barrier()
+        self.run.prune()
 
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face checkpoint; collective."""

@@ -65,6 +65,10 @@ class RunDirectory:
         path = self.path / "checkpoints" / f"step-{step:08d}"
         if not path.exists():
             write(path)
+        self.prune()
+
+    def prune(self) -> None:
+        """Delete all but the newest checkpoints; collective."""
         if self._world.main:
             for _, old in self.checkpoints()[: -self._keep]:
                 shutil.rmtree(old)

@@ -15,6 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 
 from distributed_muon import DistributedMuon
+from distributed_muon.collectives import all_gather_single, reduce_scatter_single
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -132,7 +133,7 @@ class _RowShards:
     def reduce(self) -> None:
         flat = torch.cat([param.grad.reshape(self._size, -1) for param in self._params], dim=1).view(-1)
         own = flat.new_empty(flat.numel() // self._size)
-        (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(own, flat)
+        reduce_scatter_single(own, flat)
         own.div_(self._size)
         parts = own.split([param.numel() // self._size for param in self._params])
         for shard, part in zip(self.shards, parts, strict=True):
@@ -141,7 +142,7 @@ class _RowShards:
     def gather(self) -> None:
         own = torch.cat([shard.to_local().reshape(-1) for shard in self.shards]).detach()
         flat = own.new_empty(own.numel() * self._size)
-        (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(flat, own)
+        all_gather_single(flat, own)
         parts = flat.view(self._size, -1).split([param.numel() // self._size for param in self._params], dim=1)
         with torch.no_grad():
             for param, part in zip(self._params, parts, strict=True):
