@@ -17,12 +17,12 @@ from distributed_muon.cost_model import hardware_of
 from distributed_muon.diagnostics import merge_measured
 from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets, make_buckets
 from distributed_muon.matrices import TensorSpec
-from distributed_muon.plan import STRATEGIES, NewtonSchulz, Plan, make_plan
+from distributed_muon.plan import NewtonSchulz, Plan, make_plan
 from distributed_muon.sharded_muon import ShardedMuon
 from distributed_muon.sharded_state import allocate_state, behind_masters, export_state, import_state
 from distributed_muon.timing import StepTimer
 from distributed_muon.update import adamw_update
-from distributed_muon.validation import check_choice, check_group, describe, tensor_specs
+from distributed_muon.validation import check_choice, check_group, check_newton_schulz, describe, tensor_specs
 
 
 class DistributedMuon(torch.optim.Optimizer):
@@ -84,10 +84,8 @@ class DistributedMuon(torch.optim.Optimizer):
         reduce_dtype: torch.dtype = torch.float32,
         nonfinite: str = "raise",
     ) -> None:
-        check_choice("ns_form", ns_form, ("auto", "standard", "gram"))
-        check_choice("ns_dtype", ns_dtype, (torch.bfloat16, torch.float32))
+        check_newton_schulz(ns_form, ns_dtype, strategy)
         check_choice("reduce_dtype", reduce_dtype, (torch.float32, torch.bfloat16))
-        check_choice("strategy", strategy, STRATEGIES)
         check_choice("layout", layout, ("auto", "aligned", "bucketed", "flat"))
         check_choice("gradient_reduction", gradient_reduction, ("reduce_scatter", "none"))
         check_choice("nonfinite", nonfinite, ("raise", "skip"))

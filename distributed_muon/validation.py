@@ -10,6 +10,7 @@ from torch import nn
 
 from distributed_muon.matrices import TensorSpec, Whole
 from distributed_muon.newton_schulz import coefficient_table
+from distributed_muon.plan import STRATEGIES
 from distributed_muon.update import ADJUST_LR_FNS
 
 ALGORITHMS = ("muon", "adamw")
@@ -19,6 +20,13 @@ def check_choice(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise a ValueError naming the option unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{option}={value!r} is unknown: choose one of {', '.join(map(str, allowed))}")
+
+
+def check_newton_schulz(ns_form: str, ns_dtype: torch.dtype, strategy: str) -> None:
+    """Raise a ValueError that names the first of these options, which every adapter has, that cannot be right."""
+    check_choice("ns_form", ns_form, ("auto", "standard", "gram"))
+    check_choice("ns_dtype", ns_dtype, (torch.bfloat16, torch.float32))
+    check_choice("strategy", strategy, STRATEGIES)
 
 
 def check_group(index: int, group: Mapping[str, Any]) -> None:

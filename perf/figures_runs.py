@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 from perf.figures import AMBER, BLUE, GREY, INK, PART_COLORS, SOFT, TEAL, as_svg, make_axes
 
@@ -64,7 +65,7 @@ def predicted_and_measured(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str
     return as_svg(figure)
 
 
-def loss_panels(rows: Sequence[Mapping[str, Any]]) -> str:
+def loss_panels(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Validation loss over steps, one panel per model, of the first seed."""
     columns = min(3, len(rows))
     lines = -(-len(rows) // columns)
@@ -84,7 +85,7 @@ def loss_panels(rows: Sequence[Mapping[str, Any]]) -> str:
     for axes in panels[:, 0]:
         axes.set_ylabel("validation loss", fontsize=9)
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
-    return as_svg(figure)
+    return figure
 
 
 def entropy(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -199,32 +199,6 @@ def _mean_entropy(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {group: statistics.mean(run["entropy"][group] for run in runs) for group in runs[0]["entropy"]}
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Validation loss of AdamW's best and of Muon's two runs with the first seed, one panel per model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    labels = {
-        "adamw": "AdamW",
-        "muon": "Muon, same lr",
-        "tuned": "Muon, own lr",
-        "short": f"the same, {SHORT} of the steps",
-    }
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6.5), sharex=True, layout="constrained")
-    for axis, row in zip(axes.flat, rows, strict=True):
-        for name, label in labels.items():
-            axis.plot(*zip(*row["curves"][name], strict=True), label=label)
-        final = row["curves"]["adamw"][-1][1]
-        axis.axhline(final, color="0.7", linewidth=0.8)
-        axis.set_ylim(min(loss for curve in row["curves"].values() for _, loss in curve) - 0.05, final + 1.0)
-        axis.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M, lr {row['lr']:g}")
-        axis.set(xlabel="step", ylabel="validation loss")
-    axes.flat[0].legend()
-    figure.savefig(path, dpi=110)
-
-
 def print_rows(rows: list[dict[str, Any]]) -> None:
     """The tables of the models."""
     print(f"{'':13s} {'':>9s} {'AdamW':>15s} {'Muon, same lr':>21s} {'Muon, own lr':>28s} {f'in {SHORT}':>8s} "
@@ -316,7 +290,9 @@ def main() -> None:
                   "sweep": swept, "no_decay": no_decay, "original": original}  # fmt: skip
         args.json.write_text(json.dumps(result) + "\n")
     if args.plot:
-        plot(rows, args.plot)
+        from perf.figures_runs import loss_panels  # matplotlib, which the measurement does not need
+
+        loss_panels(rows).savefig(args.plot, dpi=110)
 
 
 def train_or_read(runs: Runs, file: Path | None, pool: ProcessPoolExecutor) -> Runs:

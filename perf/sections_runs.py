@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perf import figures, figures_runs
+from perf.figures import as_svg
 from perf.page import Section, folded, note, origin, pair, table
 from perf.sections import comm_section, links_section, step_section
 
@@ -114,7 +115,7 @@ def sample_efficiency_section(result: dict[str, Any]) -> Section:
         "multiple of it. Steps to AdamW's: at which share of its steps Muon passes AdamW's final loss, by seed. Change "
         "/ rate: RMS of the change of hidden weights in a step over the learning rate, AdamW's and Muon's."
     )
-    body += figures_runs.loss_panels(rows) + table(header, cells) + figures_runs.entropy(rows)
+    body += as_svg(figures_runs.loss_panels(rows)) + table(header, cells) + figures_runs.entropy(rows)
     return "Steps to the same loss", body + origin(result)
 
 

@@ -40,11 +40,11 @@ from distributed_muon.integrations.deepspeed_partition import (
 from distributed_muon.layout import Layout
 from distributed_muon.matrices import TensorSpec
 from distributed_muon.param_groups import muon_param_groups
-from distributed_muon.plan import STRATEGIES, NewtonSchulz, Plan, make_plan
+from distributed_muon.plan import NewtonSchulz, Plan, make_plan
 from distributed_muon.sharded_muon import ShardedMuon
 from distributed_muon.timing import StepTimer
 from distributed_muon.update import adamw_update
-from distributed_muon.validation import check_choice, check_group, describe, tensor_specs
+from distributed_muon.validation import check_group, check_newton_schulz, describe, tensor_specs
 
 CONFIG_BLOCK = "distributed_muon"
 
@@ -87,9 +87,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         ns_dtype: torch.dtype = torch.bfloat16,
         strategy: str = "auto",
     ) -> None:
-        check_choice("ns_form", ns_form, ("auto", "standard", "gram"))
-        check_choice("ns_dtype", ns_dtype, (torch.bfloat16, torch.float32))
-        check_choice("strategy", strategy, STRATEGIES)
+        check_newton_schulz(ns_form, ns_dtype, strategy)
         defaults = {
             "algorithm": "muon",
             "matrices": None,

@@ -30,8 +30,7 @@ from distributed_muon.integrations.megatron_checkpoint import export_shards, imp
 from distributed_muon.integrations.megatron_domain import DomainStep, MasterShard
 from distributed_muon.integrations.megatron_layout import make_domain, shard_aligned_param_layout
 from distributed_muon.integrations.megatron_params import MarkedParameter, Override, TensorParallel, read_parameters
-from distributed_muon.plan import STRATEGIES
-from distributed_muon.validation import check_choice, check_group
+from distributed_muon.validation import check_group, check_newton_schulz
 
 __all__ = ["MegatronMuon", "get_distributed_muon_optimizer", "shard_aligned_param_layout"]
 
@@ -72,9 +71,7 @@ def get_distributed_muon_optimizer(
         ValueError: an option or parameter that is not supported, by name.
         RuntimeError: ranks of a domain disagree about a parameter, or ranks of the world about options.
     """
-    check_choice("ns_form", ns_form, ("auto", "standard", "gram"))
-    check_choice("ns_dtype", ns_dtype, (torch.bfloat16, torch.float32))
-    check_choice("strategy", strategy, STRATEGIES)
+    check_newton_schulz(ns_form, ns_dtype, strategy)
     _refuse_options(config, model_chunks, dump_param_to_param_group_map)
     pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "expt_tp"])
     sizes = TensorParallel(dist.get_world_size(pgs.tp), dist.get_world_size(pgs.expt_tp))
