@@ -2,7 +2,7 @@
 
 from distributed_muon import checkpoint
 from distributed_muon.grad_scaler import GradScaler
-from distributed_muon.matrices import QKV, Conv, Experts, Split, Whole
+from distributed_muon.layout.matrices import QKV, Conv, Experts, Split, Whole
 from distributed_muon.optimizer import DistributedMuon
 from distributed_muon.param_groups import muon_param_groups
 

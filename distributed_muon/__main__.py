@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distributed_muon.matrices import Whole
-from distributed_muon.model_shapes import NAMED_MODELS, SUPPORTED, ParameterShape, model_shapes
+from distributed_muon.engine.update import ADJUST_LR_FNS
+from distributed_muon.layout.matrices import Whole
+from distributed_muon.layout.plan import STRATEGIES
 from distributed_muon.param_groups import AuditRow, audit, audit_row, format_audit, format_table
-from distributed_muon.plan import STRATEGIES
-from distributed_muon.simulate import LAYOUTS, Job, StageReport, simulate
-from distributed_muon.update import ADJUST_LR_FNS
+from distributed_muon.planning.model_shapes import NAMED_MODELS, SUPPORTED, ParameterShape, model_shapes
+from distributed_muon.planning.simulate import LAYOUTS, Job, StageReport, simulate
 
 _HF_CONFIG = f"a Hugging Face config.json; model_type one of {', '.join(SUPPORTED)}"
 _PLAN_EPILOG = """\

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.layout import Bucket
-from distributed_muon.timing import StepTimer
+from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.engine.timing import StepTimer
+from distributed_muon.layout.cutting import Bucket
 
 
 class FlatBucket:

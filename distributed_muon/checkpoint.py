@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from distributed_muon.engine.state import check_groups, export_groups, import_groups
 from distributed_muon.optimizer import DistributedMuon
-from distributed_muon.sharded_state import check_groups, export_groups, import_groups
 
 
 class FlatShard(Tensor):

@@ -10,19 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distributed_muon.agreement import Agreement, check_same_everywhere
 from distributed_muon.buckets import FlatBucket, GradientReducer, ParameterGatherer
-from distributed_muon.collectives import Collectives
-from distributed_muon.cost_model import hardware_of
-from distributed_muon.diagnostics import merge_measured
-from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets, make_buckets
-from distributed_muon.matrices import TensorSpec
-from distributed_muon.plan import NewtonSchulz, Plan, make_plan
-from distributed_muon.sharded_muon import ShardedMuon
-from distributed_muon.sharded_state import allocate_state, behind_masters, export_state, import_state
-from distributed_muon.timing import StepTimer
-from distributed_muon.update import adamw_update
-from distributed_muon.validation import check_choice, check_group, check_newton_schulz, describe, tensor_specs
+from distributed_muon.engine.agreement import Agreement, check_same_everywhere
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.diagnostics import merge_measured
+from distributed_muon.engine.options import check_choice, check_group, check_newton_schulz, describe, tensor_specs
+from distributed_muon.engine.sharded_muon import ShardedMuon
+from distributed_muon.engine.state import allocate_state, behind_masters, export_state, import_state
+from distributed_muon.engine.timing import StepTimer
+from distributed_muon.engine.update import adamw_update
+from distributed_muon.layout.cost_model import hardware_of
+from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets, make_buckets
+from distributed_muon.layout.matrices import TensorSpec
+from distributed_muon.layout.pieces import Layout
+from distributed_muon.layout.plan import NewtonSchulz, Plan, make_plan
 
 
 class DistributedMuon(torch.optim.Optimizer):
@@ -37,10 +38,10 @@ class DistributedMuon(torch.optim.Optimizer):
     Args:
         params: parameters or groups, as torch.optim takes them, best from `muon_param_groups(model)`.
             A group's "algorithm" is "muon" (the default) or "adamw"; a Muon group may carry "matrices",
-            a rule of `distributed_muon.matrices` for parameters that are not one 2-D matrix each.
+            a rule of `distributed_muon.layout.matrices` for parameters that are not one 2-D matrix each.
         lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as
             torch.optim.Muon; each may differ by group. `ns_coefficients` also takes a table's name
-            (`newton_schulz.COEFFICIENTS`). `eps` guards the zero matrix only: inputs are scaled first.
+            (`engine.coefficients.COEFFICIENTS`). `eps` guards the zero matrix only: inputs are scaled first.
         adamw_betas, adamw_eps: of AdamW groups, which share `lr` and `weight_decay`.
         ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape.
         ns_dtype: of Newton-Schulz and of what travels for it: torch.bfloat16 or torch.float32.

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from distributed_muon.matrices import Conv, Experts, Matrix, Split, TensorSpec, Whole
-from distributed_muon.update import lr_ratio
+from distributed_muon.engine.update import lr_ratio
+from distributed_muon.layout.matrices import Conv, Experts, Matrix, Split, TensorSpec, Whole
 
-Override = str | Whole  # "muon", "adamw", or a rule of distributed_muon.matrices
+Override = str | Whole  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
 
 # A head is a Linear by type, so only its place tells: by these names, outside the numbered layers ("output"
 # and "head" mean other things inside them), or anywhere for the names no hidden layer has.

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distributed_muon.collectives import Collectives
+from distributed_muon.engine.collectives import Collectives
 from launch.environment import PACKAGES
 
 SLOW = 0.5  # a node below this share of the median bandwidth is named

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distributed_muon.simulate import Domain
+from distributed_muon.planning.simulate import Domain
 from launch.world import World
 from perf import comm
 from perf.cluster import fitted_machine

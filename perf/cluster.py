@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from distributed_muon.cost_model import A100_INFINIBAND, H100_ETHERNET, H100_INFINIBAND, Hardware
+from distributed_muon.layout.cost_model import A100_INFINIBAND, H100_ETHERNET, H100_INFINIBAND, Hardware
 from perf import links
 from perf.links import Link
 

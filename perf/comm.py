@@ -37,9 +37,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distributed_muon import DistributedMuon, muon_param_groups
-from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.newton_schulz import orthogonalize
-from distributed_muon.plan import Plan
+from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.engine.newton_schulz import orthogonalize
+from distributed_muon.layout.plan import Plan
 from launch.environment import describe_machine
 from launch.models import MODELS, CausalLM, build_model, cast_parameters
 from launch.world import World, open_world

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distributed_muon import DistributedMuon
-from distributed_muon.layout import bucket_elements
-from distributed_muon.model_shapes import NAMED_MODELS, ParameterShape, model_shapes
-from distributed_muon.simulate import Job, simulate
+from distributed_muon.layout.cutting import bucket_elements
+from distributed_muon.planning.model_shapes import NAMED_MODELS, ParameterShape, model_shapes
+from distributed_muon.planning.simulate import Job, simulate
 from perf.comm import predicted_bytes
 
 

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m perf.links [--json FILE]
 
-Bytes are those one rank sends, as `distributed_muon.collectives` counts them, so beta is the bus bandwidth. Seconds are
+Bytes are those one rank sends, as `Collectives` counts them, so beta is the bus bandwidth. Seconds are
 means: a step adds up many collectives, the few that meet a busy moment among them. The delay
 says what cannot be hidden: by what share of a large message's seconds matmuls take longer while it is under way. Where
 gloo copies with the cores that compute it is about 1; on slow wires, or a GPU's own links, about 0.
@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.cost_model import Hardware
+from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.layout.cost_model import Hardware
 from launch.environment import describe_machine
 from launch.world import open_world
 

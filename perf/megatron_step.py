@@ -65,7 +65,7 @@ def contenders(tp: int) -> dict[str, Callable[[], Job]]:
 
 def directions(tp: int) -> dict[str, float]:
     """Smallest cosine between ours and theirs over every matrix's update, in fp32, for three steps."""
-    from distributed_muon.matrices import Whole
+    from distributed_muon.layout.matrices import Whole
 
     config = {"weight_decay": 0.0, "clip_grad": 0.0}
     # Megatron does not divide gate and up: so here ours does not, either.

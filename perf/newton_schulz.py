@@ -24,7 +24,9 @@ from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed_muon.newton_schulz import COEFFICIENTS, choose_form, ns_flops, orthogonalize
+from distributed_muon.engine.coefficients import COEFFICIENTS
+from distributed_muon.engine.newton_schulz import orthogonalize
+from distributed_muon.layout.cost_model import choose_form, ns_flops
 from launch.environment import describe_machine
 
 SHAPES = (

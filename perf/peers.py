@@ -15,7 +15,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Shard
 
 from distributed_muon import DistributedMuon
-from distributed_muon.collectives import all_gather_single, reduce_scatter_single
+from distributed_muon.engine.collectives import all_gather_single, reduce_scatter_single
 
 Shapes = Sequence[tuple[int, int]]
 

@@ -24,8 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distributed_muon.plan import Plan
-from distributed_muon.simulate import Domain
+from distributed_muon.layout.plan import Plan
+from distributed_muon.planning.simulate import Domain
 from perf.cluster import Machine
 from perf.links import Link
 from perf.workload import Setup, Workload, data_parallel

@@ -18,8 +18,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distributed_muon.cost_model import NewtonSchulz
-from distributed_muon.model_shapes import NAMED_MODELS
+from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.planning.model_shapes import NAMED_MODELS
 from launch.environment import describe_machine
 from perf import prediction
 from perf.check import check, print_checks

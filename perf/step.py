@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distributed_muon.newton_schulz import ns_flops
+from distributed_muon.layout.cost_model import ns_flops
 from launch.environment import describe_machine
 from launch.world import World, open_world
 from perf.links import matmul_flops, started_as

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from distributed_muon.cost_model import NewtonSchulz
-from distributed_muon.layout import bucket_elements
-from distributed_muon.model_shapes import NAMED_MODELS, model_shapes
-from distributed_muon.simulate import Domain, Job, simulate
+from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.layout.cutting import bucket_elements
+from distributed_muon.planning.model_shapes import NAMED_MODELS, model_shapes
+from distributed_muon.planning.simulate import Domain, Job, simulate
 from perf.cluster import Machine
 
 # Experts per token, which the shapes do not tell.

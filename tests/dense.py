@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed_muon.matrices import QKV, Experts, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import QKV, Experts, Split, TensorSpec, Whole
 
 
 def tp_slice(whole: Tensor, rule: Whole | None, dim: int | None, stride: int, tp: int, tp_rank: int) -> Tensor:

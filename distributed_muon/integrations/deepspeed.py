@@ -24,10 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed_muon.agreement import check_same_everywhere
-from distributed_muon.collectives import Collectives
-from distributed_muon.cost_model import hardware_of
-from distributed_muon.diagnostics import merge_measured
+from distributed_muon.engine.agreement import check_same_everywhere
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.diagnostics import merge_measured
+from distributed_muon.engine.options import check_group, check_newton_schulz, describe, tensor_specs
+from distributed_muon.engine.sharded_muon import ShardedMuon
+from distributed_muon.engine.timing import StepTimer
+from distributed_muon.engine.update import adamw_update
 from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
     Partition,
@@ -37,14 +40,11 @@ from distributed_muon.integrations.deepspeed_partition import (
     refuse_fp16_autocast,
     refuse_parameters,
 )
-from distributed_muon.layout import Layout
-from distributed_muon.matrices import TensorSpec
+from distributed_muon.layout.cost_model import hardware_of
+from distributed_muon.layout.matrices import TensorSpec
+from distributed_muon.layout.pieces import Layout
+from distributed_muon.layout.plan import NewtonSchulz, Plan, make_plan
 from distributed_muon.param_groups import muon_param_groups
-from distributed_muon.plan import NewtonSchulz, Plan, make_plan
-from distributed_muon.sharded_muon import ShardedMuon
-from distributed_muon.timing import StepTimer
-from distributed_muon.update import adamw_update
-from distributed_muon.validation import check_group, check_newton_schulz, describe, tensor_specs
 
 CONFIG_BLOCK = "distributed_muon"
 

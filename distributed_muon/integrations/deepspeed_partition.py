@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distributed_muon.collectives import Collectives
-from distributed_muon.layout import Bucket, Shard, cut_buckets
-from distributed_muon.matrices import TensorSpec
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.layout.cutting import Bucket, cut_buckets
+from distributed_muon.layout.matrices import TensorSpec
+from distributed_muon.layout.pieces import Shard
 
 # Groups name themselves by this key: DeepSpeed passes them to step() one by one, and dicts may be replaced.
 INDEX = "group_index"

@@ -23,14 +23,14 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
-from distributed_muon.agreement import check_same_everywhere
-from distributed_muon.collectives import Collectives
-from distributed_muon.diagnostics import merge_measured
+from distributed_muon.engine.agreement import check_same_everywhere
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.diagnostics import merge_measured
+from distributed_muon.engine.options import check_group, check_newton_schulz
 from distributed_muon.integrations.megatron_checkpoint import export_shards, import_groups, import_shards
 from distributed_muon.integrations.megatron_domain import DomainStep, MasterShard
 from distributed_muon.integrations.megatron_layout import make_domain, shard_aligned_param_layout
 from distributed_muon.integrations.megatron_params import MarkedParameter, Override, TensorParallel, read_parameters
-from distributed_muon.validation import check_group, check_newton_schulz
 
 __all__ = ["MegatronMuon", "get_distributed_muon_optimizer", "shard_aligned_param_layout"]
 
@@ -65,7 +65,7 @@ def get_distributed_muon_optimizer(
             use_distributed_optimizer=True. No gloo group is used, and a map cannot be dumped.
         momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as torch.optim.Muon.
         ns_form, ns_dtype, strategy: as `DistributedMuon`.
-        overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule of `distributed_muon.matrices`.
+        overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule (`distributed_muon.layout.matrices`).
 
     Raises:
         ValueError: an option or parameter that is not supported, by name.

@@ -18,7 +18,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from torch import Tensor, nn
 
-from distributed_muon.collectives import Collectives
+from distributed_muon.engine.collectives import Collectives
 from distributed_muon.integrations.megatron_domain import MOMENTS, DomainStep, MasterShard
 from distributed_muon.integrations.megatron_params import MarkedParameter
 

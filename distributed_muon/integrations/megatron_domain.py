@@ -10,15 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed_muon.agreement import check_same_everywhere
-from distributed_muon.collectives import Collectives
-from distributed_muon.cost_model import hardware_of
+from distributed_muon.engine.agreement import check_same_everywhere
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.sharded_muon import ShardedMuon
+from distributed_muon.engine.timing import StepTimer
+from distributed_muon.engine.update import adamw_update
 from distributed_muon.integrations.megatron_layout import Domain, read_buffers
 from distributed_muon.integrations.megatron_params import MarkedParameter
-from distributed_muon.plan import NewtonSchulz, make_plan
-from distributed_muon.sharded_muon import ShardedMuon
-from distributed_muon.timing import StepTimer
-from distributed_muon.update import adamw_update
+from distributed_muon.layout.cost_model import hardware_of
+from distributed_muon.layout.plan import NewtonSchulz, make_plan
 
 MOMENTS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 

@@ -14,9 +14,10 @@ from typing import Any
 import torch.distributed as dist
 from torch import nn
 
-from distributed_muon.collectives import Collectives
+from distributed_muon.engine.collectives import Collectives
 from distributed_muon.integrations.megatron_params import MarkedParameter
-from distributed_muon.layout import Bucket, Layout, Shard, cut_buckets, make_buckets
+from distributed_muon.layout.cutting import Bucket, cut_buckets, make_buckets
+from distributed_muon.layout.pieces import Layout, Shard
 
 _START = 64  # elements; Megatron aligns parameter starts to it
 _PADDING = 1.02  # of a bucket, that whole parameters on ranks are worth

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from distributed_muon.matrices import QKV, Experts, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import QKV, Experts, Split, TensorSpec, Whole
 
-Override = str | Whole  # "muon", "adamw", or a rule of distributed_muon.matrices
+Override = str | Whole  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
 
 
 class TensorParallel(NamedTuple):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed_muon.matrices import Experts, Split, Whole
+from distributed_muon.layout.matrices import Experts, Split, Whole
 from launch.models.layers import Block, CausalLM, Rotary, SwiGLU
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_muon import QKV, Conv, DistributedMuon, Experts, GradScaler, Split
-from distributed_muon.collectives import Collectives
+from distributed_muon.engine.collectives import Collectives
 from tests.checks import on_ranks
 from tests.reference import Reference, backward, make_params, mean_gradient, rank_gradient
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_muon import QKV, Conv, DistributedMuon, Experts, Split
-from distributed_muon.matrices import Whole
+from distributed_muon.layout.matrices import Whole
 from tests.checks import on_ranks
 from tests.reference import Reference, backward, make_params, mean_gradient, rank_gradient
 

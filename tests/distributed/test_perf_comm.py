@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed_muon.collectives import Collectives
+from distributed_muon.engine.collectives import Collectives
 from launch.world import World
 from perf import comm, links
 from perf.comm import Training

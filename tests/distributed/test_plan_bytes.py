@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_muon import QKV, Conv, DistributedMuon, Experts, Split
-from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.cost_model import NewtonSchulz
-from distributed_muon.layout import Layout, cut_buckets, make_buckets
-from distributed_muon.matrices import Whole
-from distributed_muon.plan import make_plan
-from distributed_muon.sharded_muon import ShardedMuon
-from distributed_muon.timing import StepTimer
+from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.engine.sharded_muon import ShardedMuon
+from distributed_muon.engine.timing import StepTimer
+from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.layout.cutting import cut_buckets, make_buckets
+from distributed_muon.layout.matrices import Whole
+from distributed_muon.layout.pieces import Layout
+from distributed_muon.layout.plan import make_plan
 from tests.checks import on_ranks
 from tests.dense import matrices_of, spec_of, tp_slice
 from tests.reference import ADAMW_SHAPES, MUON_SHAPES, Reference, backward, make_params, mean_gradient, rank_gradient

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from distributed_muon.collectives import Collectives
-from distributed_muon.cost_model import NewtonSchulz
-from distributed_muon.diagnostics import merge_measured
-from distributed_muon.layout import Layout, cut_buckets, make_buckets
-from distributed_muon.matrices import Split, TensorSpec, Whole
-from distributed_muon.plan import make_plan
-from distributed_muon.sharded_muon import ShardedMuon
-from distributed_muon.timing import StepTimer
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.diagnostics import merge_measured
+from distributed_muon.engine.sharded_muon import ShardedMuon
+from distributed_muon.engine.timing import StepTimer
+from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.layout.cutting import cut_buckets, make_buckets
+from distributed_muon.layout.matrices import Split, TensorSpec, Whole
+from distributed_muon.layout.pieces import Layout
+from distributed_muon.layout.plan import make_plan
 from tests.spawn import run_ranks
 
 SPECS = [

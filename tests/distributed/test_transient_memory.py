@@ -8,8 +8,9 @@ from unittest import mock
 import torch
 from torch import nn
 
-from distributed_muon import DistributedMuon, newton_schulz, optimizer
-from distributed_muon.plan import TRANSIENT_WAVES, make_plan
+from distributed_muon import DistributedMuon, optimizer
+from distributed_muon.engine import newton_schulz
+from distributed_muon.layout.plan import TRANSIENT_WAVES, make_plan
 from perf.memory import transient_bytes
 from tests.checks import on_ranks
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from distributed_muon import kernels
-from distributed_muon.newton_schulz import orthogonalize
+from distributed_muon.engine.newton_schulz import orthogonalize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

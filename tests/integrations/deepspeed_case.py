@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_muon.integrations.deepspeed import PartitionedOptimizer
-from distributed_muon.matrices import Experts
+from distributed_muon.layout.matrices import Experts
 from tests.reference import ADAMW_SHAPES, MUON_SHAPES, make_params, rank_gradient
 
 os.environ["DS_ACCELERATOR"] = "cpu"

@@ -239,9 +239,10 @@ def large_model_exchange(ranks: int = 8, hidden: int = 4096, ffn: int = 14336, l
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     from distributed_muon.integrations.megatron import shard_aligned_param_layout
-    from distributed_muon.layout import Bucket, Layout, cut_buckets
-    from distributed_muon.matrices import Split, TensorSpec, Whole
-    from distributed_muon.plan import make_plan
+    from distributed_muon.layout.cutting import Bucket, cut_buckets
+    from distributed_muon.layout.matrices import Split, TensorSpec, Whole
+    from distributed_muon.layout.pieces import Layout
+    from distributed_muon.layout.plan import make_plan
 
     rules = {
         "qkv": ((hidden + 2048, hidden), Split((hidden, 1024, 1024))),

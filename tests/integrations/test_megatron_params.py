@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distributed_muon.integrations.megatron_params import MarkedParameter, TensorParallel, read_parameters
-from distributed_muon.matrices import Split, Whole
+from distributed_muon.layout.matrices import Split, Whole
 
 H = 16
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from distributed_muon.__main__ import main
-from distributed_muon.model_shapes import NAMED_MODELS, model_shapes
-from distributed_muon.simulate import Job, simulate
+from distributed_muon.planning.model_shapes import NAMED_MODELS, model_shapes
+from distributed_muon.planning.simulate import Job, simulate
 
 TINY = {**NAMED_MODELS["moonlight-16b-a3b"], "num_hidden_layers": 4, "n_routed_experts": 8}
 LLAMA = {**NAMED_MODELS["llama-3-8b"], "num_hidden_layers": 2}

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from distributed_muon import DistributedMuon, muon_param_groups
-from distributed_muon.model_shapes import NAMED_MODELS, model_shapes
+from distributed_muon.planning.model_shapes import NAMED_MODELS, model_shapes
 from launch.models import build_model, cast_parameters, huggingface
 
 LLAMA = {

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_muon import kernels
+from distributed_muon.engine.newton_schulz import orthogonalize
 from distributed_muon.kernels import panels
-from distributed_muon.newton_schulz import ns_flops, orthogonalize
+from distributed_muon.layout.cost_model import ns_flops
 
 SHAPES = ((1, 1), (5, 7), (16, 16), (33, 17), (48, 80), (2, 20, 40), (3, 35, 9))
 
@@ -113,7 +114,8 @@ def test_triton_kernels_refuse_cpu_tensors():
 
 def test_the_package_works_without_triton():
     code = (
-        "import sys; sys.modules['triton'] = None; import torch; from distributed_muon import kernels, newton_schulz;"
+        "import sys; sys.modules['triton'] = None; import torch; from distributed_muon import kernels;"
+        "from distributed_muon.engine import newton_schulz;"
         "newton_schulz.orthogonalize(torch.ones(3, 4)); assert not kernels.triton_available();"
         "assert 'distributed_muon.kernels.symmetric' not in sys.modules"
     )

@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
-from distributed_muon.layout import ALIGNMENT, Layout, Shard, bucket_elements, cut_buckets, make_buckets
-from distributed_muon.matrices import TensorSpec, Whole
+from distributed_muon.layout.cutting import ALIGNMENT, bucket_elements, cut_buckets, make_buckets
+from distributed_muon.layout.matrices import TensorSpec, Whole
+from distributed_muon.layout.pieces import Layout, Shard
 from tests.dense import matrices_of, spec_of, tp_slice
 from tests.unit.test_matrices import CASES
 

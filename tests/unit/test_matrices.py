@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed_muon.matrices import QKV, Conv, Experts, Matrix, Region, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import QKV, Conv, Experts, Matrix, Region, Split, TensorSpec, Whole
 from tests.dense import matrices_of, spec_of, tp_slice
 
 # name: global shape, rule, dimension that tensor parallelism cuts, interleaved parts per TP rank

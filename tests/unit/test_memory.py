@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from distributed_muon import DistributedMuon, muon_param_groups
 from distributed_muon.buckets import FlatBucket
-from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.exchange import Shipment
-from distributed_muon.layout import cut_buckets, make_buckets
-from distributed_muon.plan import make_plan
-from distributed_muon.sharded_state import allocate_state
+from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.engine.exchange import Shipment
+from distributed_muon.engine.state import allocate_state
+from distributed_muon.layout.cutting import cut_buckets, make_buckets
+from distributed_muon.layout.plan import make_plan
 from tests.unit.test_plan import layout_of, transformer
 
 

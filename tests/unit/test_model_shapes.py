@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from distributed_muon.model_shapes import NAMED_MODELS, model_shapes
+from distributed_muon.planning.model_shapes import NAMED_MODELS, model_shapes
 
 QWEN2_HALF_B = {
     "model_type": "qwen2",

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from distributed_muon.matrices import TensorSpec
+from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.param_groups import muon_param_groups
 from launch.models import (
     DenseConfig,

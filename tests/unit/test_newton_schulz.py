@@ -11,15 +11,10 @@ from torch.optim._muon import _zeropower_via_newtonschulz as torch_newton_schulz
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed_muon import newton_schulz
-from distributed_muon.newton_schulz import (
-    COEFFICIENTS,
-    choose_form,
-    coefficient_table,
-    ns_flops,
-    orthogonalize,
-    power_of_two_scale,
-)
+from distributed_muon.engine import newton_schulz
+from distributed_muon.engine.coefficients import COEFFICIENTS, coefficient_table
+from distributed_muon.engine.newton_schulz import orthogonalize, power_of_two_scale
+from distributed_muon.layout.cost_model import choose_form, ns_flops
 
 KELLER = (3.4445, -4.7750, 2.0315)
 SQUARE = ((1, 1), (2, 2), (18, 18), (64, 64), (128, 128), (257, 257))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from distributed_muon.matrices import QKV, Conv, Experts, Split, Whole
+from distributed_muon.layout.matrices import QKV, Conv, Experts, Split, Whole
 from distributed_muon.param_groups import audit, format_audit, muon_param_groups
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed_muon.cost_model import Hardware, NewtonSchulz
-from distributed_muon.layout import Layout, Shard
-from distributed_muon.matrices import TensorSpec, Whole
-from distributed_muon.plan import make_plan
-from distributed_muon.simulate import Domain
+from distributed_muon.layout.cost_model import Hardware, NewtonSchulz
+from distributed_muon.layout.matrices import TensorSpec, Whole
+from distributed_muon.layout.pieces import Layout, Shard
+from distributed_muon.layout.plan import make_plan
+from distributed_muon.planning.simulate import Domain
 from launch.world import World
 from perf import comm, fake_world, links, report
 from perf.check import check

@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from distributed_muon.cost_model import H100_INFINIBAND, NewtonSchulz
-from distributed_muon.layout import Layout, Shard, cut_buckets, make_buckets
-from distributed_muon.matrices import Experts, Split, TensorSpec, Whole
-from distributed_muon.plan import Plan, make_plan
+from distributed_muon.layout.cost_model import H100_INFINIBAND, NewtonSchulz
+from distributed_muon.layout.cutting import cut_buckets, make_buckets
+from distributed_muon.layout.matrices import Experts, Split, TensorSpec, Whole
+from distributed_muon.layout.pieces import Layout, Shard
+from distributed_muon.layout.plan import Plan, make_plan
 from tests.unit.test_layout import build
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distributed_muon import timing
-from distributed_muon.timing import StepTimer, Times
+from distributed_muon.engine import timing
+from distributed_muon.engine.timing import StepTimer, Times
 
 
 class Clock:

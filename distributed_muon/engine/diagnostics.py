@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from distributed_muon.collectives import Collectives
-from distributed_muon.plan import Plan
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.layout.plan import Plan
 
 
 def merge_measured(

@@ -4,8 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distributed_muon.matrices import Matrix
-from distributed_muon.newton_schulz import choose_form, ns_flops
+from distributed_muon.layout.matrices import Matrix
+
+# (rows of the short side, least long/short): Gram was faster from there on, bf16, CPU, one thread, five steps.
+# Its FLOPs are fewer from 1.5 on; the larger aspects pay for its many small matmuls.
+_GRAM_MIN_ASPECT = ((128, 1.9), (1, 4.0))
+
+
+def choose_form(rows: int, cols: int, steps: int) -> str:
+    """The form that "auto" takes, by shape alone: "gram" where it was measured faster, else "standard"."""
+    short, long = sorted((rows, cols))
+    aspect = next((aspect for least, aspect in _GRAM_MIN_ASPECT if short >= least), None)
+    return "gram" if steps >= 3 and aspect is not None and long >= aspect * short else "standard"
+
+
+def ns_flops(rows: int, cols: int, steps: int, form: str) -> int:
+    """FLOPs (multiply and add counted apart) of the matmuls of `orthogonalize` on one (rows, cols) matrix.
+
+    With m rows, r = long/short and five steps: standard (20 r + 10) m^3, gram (12 r + 22) m^3. Symmetric
+    products are counted in full; `kernels` saves up to half of theirs, depending on device and size.
+
+    Args:
+        rows, cols: shape, either way round. steps: iterations. form: "standard" or "gram".
+    """
+    m, n = sorted((rows, cols))
+    if form == "standard":
+        return steps * (4 * m * m * n + 2 * m**3)
+    pairs, single = divmod(steps, 2)
+    return pairs * (4 * m * m * n + 10 * m**3) + single * (4 * m * m * n + 2 * m**3)
 
 
 @dataclass(frozen=True)

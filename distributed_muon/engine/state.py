@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_muon.buckets import FlatBucket
-from distributed_muon.layout import Shard
+from distributed_muon.layout.pieces import Shard
 
 FORMAT = 1
 

@@ -9,7 +9,7 @@ from itertools import zip_longest
 import torch
 from torch import Tensor
 
-from distributed_muon.collectives import Collectives
+from distributed_muon.engine.collectives import Collectives
 
 
 def check_same_everywhere(collectives: Collectives, description: Sequence[str]) -> None:

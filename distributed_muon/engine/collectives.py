@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distributed_muon.timing import Flight, StepTimer
+from distributed_muon.engine.timing import Flight, StepTimer
 
 # torch 2.13 renamed the two; older releases only know the first names.
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

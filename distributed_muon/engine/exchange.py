@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distributed_muon.collectives import Collectives, Pending
-from distributed_muon.layout import Piece
-from distributed_muon.plan import Transfer
+from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.layout.pieces import Piece
+from distributed_muon.layout.plan import Transfer
 
 
 def held_view(shard: Tensor, piece: Piece) -> Tensor:

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_muon.collectives import Collectives
-from distributed_muon.exchange import Shipment, held_view, matrix_view
-from distributed_muon.newton_schulz import coefficient_table, orthogonalize
-from distributed_muon.plan import Plan, Transfer, Wave
-from distributed_muon.team_newton_schulz import orthogonalize_block
-from distributed_muon.timing import StepTimer
-from distributed_muon.update import apply_update, lr_ratio, momentum_update
+from distributed_muon.engine.coefficients import coefficient_table
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.exchange import Shipment, held_view, matrix_view
+from distributed_muon.engine.newton_schulz import orthogonalize
+from distributed_muon.engine.team import orthogonalize_block
+from distributed_muon.engine.timing import StepTimer
+from distributed_muon.engine.update import apply_update, lr_ratio, momentum_update
+from distributed_muon.layout.plan import Plan, Transfer, Wave
 
 
 @dataclass

@@ -16,10 +16,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distributed_muon.layout import Bucket, Layout, bucket_elements, cut_buckets, make_buckets
-from distributed_muon.matrices import TensorSpec, Whole
-from distributed_muon.model_shapes import ParameterShape
-from distributed_muon.plan import Plan, make_plan
+from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets, make_buckets
+from distributed_muon.layout.matrices import TensorSpec, Whole
+from distributed_muon.layout.pieces import Layout
+from distributed_muon.layout.plan import Plan, make_plan
+from distributed_muon.planning.model_shapes import ParameterShape
 
 LAYOUTS = ("flat", "bucketed", "aligned")
 # fp32 gradient reduce-scatter (4) and bf16 parameter all-gather (2): ZeRO-1 AdamW's bytes per parameter.

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from distributed_muon.matrices import TensorSpec, Whole
-from distributed_muon.newton_schulz import coefficient_table
-from distributed_muon.plan import STRATEGIES
-from distributed_muon.update import ADJUST_LR_FNS
+from distributed_muon.engine.coefficients import coefficient_table
+from distributed_muon.engine.update import ADJUST_LR_FNS
+from distributed_muon.layout.matrices import TensorSpec, Whole
+from distributed_muon.layout.plan import STRATEGIES
 
 ALGORITHMS = ("muon", "adamw")
 

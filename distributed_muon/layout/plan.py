@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from distributed_muon.cost_model import H100_INFINIBAND, Hardware, NewtonSchulz
-from distributed_muon.homes import all_holders, one_home, team_sizes
-from distributed_muon.layout import Layout, Piece
+from distributed_muon.layout.cost_model import H100_INFINIBAND, Hardware, NewtonSchulz
+from distributed_muon.layout.homes import all_holders, one_home, team_sizes
+from distributed_muon.layout.pieces import Layout, Piece
 
 STRATEGIES = ("home", "gather", "auto")
 # Of 16-bit matrices that a home takes into one wave. What a step allocates on a rank beyond the state stays below

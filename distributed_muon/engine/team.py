@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distributed_muon.collectives import Collectives
-from distributed_muon.newton_schulz import power_of_two_scale
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.newton_schulz import power_of_two_scale
 
 
 def orthogonalize_block(

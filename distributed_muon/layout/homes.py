@@ -6,8 +6,8 @@ import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from distributed_muon.cost_model import Hardware, NewtonSchulz
-from distributed_muon.layout import Layout
+from distributed_muon.layout.cost_model import Hardware, NewtonSchulz
+from distributed_muon.layout.pieces import Layout
 
 # A makespan 1/200 longer is worth the exchange it saves: on one flat buffer over 64 ranks nearly all of it.
 _SLACK = 200

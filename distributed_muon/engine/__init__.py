@@ -1,0 +1,1 @@
+"""One sharded Muon step, for every integration."""

@@ -1,0 +1,102 @@
+"""Flat buckets of whole tensors, and the equal parts that data-parallel ranks cut them into."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from distributed_muon.layout.pieces import Shard
+
+# Elements a tensor's start is padded to in a bucket: 64 bytes of fp32, one cache line, and more than
+# the 16 bytes that GPU vector loads and NCCL want.
+ALIGNMENT = 16
+
+
+class Bucket(NamedTuple):
+    """A flat buffer of whole tensors: tensor `tensors[i]` starts at element `offsets[i]` of `numel`."""
+
+    tensors: tuple[int, ...]
+    offsets: tuple[int, ...]
+    numel: int
+
+
+def bucket_elements(bucket_mb: float | None, dp: int) -> int:
+    """Elements of a bucket of `bucket_mb` MiB of fp32 gradient.
+
+    None is Megatron's rule, 40 M elements and at least 1 M per rank, which keeps messages above the size
+    where latency rules.
+    """
+    return max(40_000_000, 1_000_000 * dp) if bucket_mb is None else max(1, round(bucket_mb * 2**18))
+
+
+def make_buckets(
+    numels: Sequence[int],
+    dp: int,
+    *,
+    bucket_numel: int | None,
+    aligned: bool,
+    order: Sequence[int] | None = None,
+) -> list[Bucket]:
+    """Group tensors into flat buckets, each later cut into `dp` equal shards.
+
+    Args:
+        numels: elements of each tensor.
+        dp: ranks that will cut each bucket.
+        bucket_numel: elements after which a bucket is closed; None puts everything into one.
+        aligned: order the tensors inside a bucket so that as few as possible straddle a cut.
+        order: tensor numbers in the order their gradients arrive; None is reverse registration order.
+
+    Returns:
+        The buckets; each tensor starts at a multiple of ALIGNMENT elements.
+    """
+    buckets: list[Bucket] = []
+    pending: list[int] = []
+    filled = 0
+    order = list(reversed(range(len(numels)))) if order is None else list(order)
+    for number, tensor in enumerate(order):
+        pending.append(tensor)
+        filled += _padded(numels[tensor])
+        if number == len(order) - 1 or (bucket_numel is not None and filled >= bucket_numel):
+            shard_numel = -(-filled // (dp * ALIGNMENT)) * ALIGNMENT
+            packed = _fill_slots(pending, numels, shard_numel) if aligned else pending
+            offsets, at = [], 0
+            for item in packed:
+                offsets.append(at)
+                at += _padded(numels[item])
+            buckets.append(Bucket(tuple(packed), tuple(offsets), shard_numel * dp))
+            pending, filled = [], 0
+    return buckets
+
+
+def _padded(numel: int) -> int:
+    return -(-numel // ALIGNMENT) * ALIGNMENT
+
+
+def _fill_slots(tensors: Sequence[int], numels: Sequence[int], slot: int) -> list[int]:
+    """Order tensors so that slots of `slot` elements are filled by whole tensors, largest first.
+
+    Where none fits into the room left in a slot, the largest remaining one straddles into the next.
+    """
+    left = sorted(tensors, key=lambda t: (-numels[t], t))
+    packed, at = [], 0
+    while left:
+        room = slot - at % slot
+        pick = next((t for t in left if _padded(numels[t]) <= room), left[0])
+        left.remove(pick)
+        packed.append(pick)
+        at += _padded(numels[pick])
+    return packed
+
+
+def cut_buckets(buckets: Sequence[Bucket], numels: Sequence[int], dp: int) -> list[list[Shard]]:
+    """Cut every bucket into `dp` equal parts; the shards of each rank, bucket by bucket."""
+    shards: list[list[Shard]] = [[] for _ in range(dp)]
+    for bucket in buckets:
+        size = bucket.numel // dp
+        for tensor, offset in zip(bucket.tensors, bucket.offsets, strict=True):
+            end = offset + numels[tensor]
+            for rank in range(offset // size, (max(end, offset + 1) - 1) // size + 1):
+                start, stop = max(offset, rank * size), min(end, (rank + 1) * size)
+                if start < stop:
+                    shards[rank].append(Shard(tensor, start - offset, stop - offset))
+    return shards

@@ -1,0 +1,1 @@
+"""Plans of models and jobs that nobody has at hand, for laptops."""
