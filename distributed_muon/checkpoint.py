@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from distributed_muon.engine.state import check_groups, export_groups, import_groups
+from distributed_muon.native.state_dict import check_groups, export_groups, import_groups
 from distributed_muon.optimizer import DistributedMuon
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,20 +10,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distributed_muon.buckets import FlatBucket, GradientReducer, ParameterGatherer
-from distributed_muon.engine.agreement import Agreement, check_same_everywhere
+from distributed_muon.engine.agreement import Agreement
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.diagnostics import merge_measured
-from distributed_muon.engine.options import check_choice, check_group, check_newton_schulz, describe, tensor_specs
-from distributed_muon.engine.sharded_muon import ShardedMuon
-from distributed_muon.engine.state import allocate_state, behind_masters, export_state, import_state
-from distributed_muon.engine.timing import StepTimer
-from distributed_muon.engine.update import adamw_update
-from distributed_muon.layout.cost_model import hardware_of
+from distributed_muon.engine.options import Options, as_groups, check_choice, parameter_names, tensor_spec
+from distributed_muon.engine.report import local_report, step_report
+from distributed_muon.engine.state import Member, OwnedParameter
+from distributed_muon.engine.step import ShardedStep
 from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets, make_buckets
-from distributed_muon.layout.matrices import TensorSpec
-from distributed_muon.layout.pieces import Layout
-from distributed_muon.layout.plan import NewtonSchulz, Plan, make_plan
+from distributed_muon.layout.plan import Plan
+from distributed_muon.native.buckets import FlatBucket
+from distributed_muon.native.gather import ParameterGatherer
+from distributed_muon.native.gradients import GradientReducer
+from distributed_muon.native.state_dict import export_state, import_state
 
 
 class DistributedMuon(torch.optim.Optimizer):
@@ -39,15 +37,9 @@ class DistributedMuon(torch.optim.Optimizer):
         params: parameters or groups, as torch.optim takes them, best from `muon_param_groups(model)`.
             A group's "algorithm" is "muon" (the default) or "adamw"; a Muon group may carry "matrices",
             a rule of `distributed_muon.layout.matrices` for parameters that are not one 2-D matrix each.
-        lr, weight_decay, momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as
-            torch.optim.Muon; each may differ by group. `ns_coefficients` also takes a table's name
-            (`engine.coefficients.COEFFICIENTS`). `eps` guards the zero matrix only: inputs are scaled first.
-        adamw_betas, adamw_eps: of AdamW groups, which share `lr` and `weight_decay`.
-        ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape.
-        ns_dtype: of Newton-Schulz and of what travels for it: torch.bfloat16 or torch.float32.
+        lr: learning rate, of Muon and AdamW groups.
         process_group: the data-parallel group; None is the default group, or one rank without
             torch.distributed.
-        strategy: "home", "gather" or "auto" (`plan.make_plan`).
         layout: how buckets are cut: "aligned" (tensors ordered so that few straddle ranks; also "auto"),
             "bucketed" (registration order), "flat" (one bucket).
         bucket_mb: MiB of fp32 gradient per bucket; None is Megatron's rule.
@@ -55,6 +47,8 @@ class DistributedMuon(torch.optim.Optimizer):
         reduce_dtype: torch.float32 or torch.bfloat16, of the reduction; accumulation stays fp32.
         nonfinite: "raise" FloatingPointError on a gradient with inf or nan, or "skip" that step; the state is
             untouched either way. `GradScaler` skips by itself.
+        options: every other option of `engine.options.Options`: torch.optim.Muon's, AdamW's, and how
+            matrices are orthogonalized.
 
     Raises:
         ValueError: an option or parameter that cannot be right; the message names it.
@@ -64,28 +58,17 @@ class DistributedMuon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        weight_decay: float = 0.1,
-        momentum: float = 0.95,
-        nesterov: bool = True,
-        ns_coefficients: Any = "quintic",
-        eps: float = 1e-7,
-        ns_steps: int = 5,
-        adjust_lr_fn: str = "match_rms_adamw",
+        lr: float = Options.lr,
         *,
-        adamw_betas: tuple[float, float] = (0.9, 0.95),
-        adamw_eps: float = 1e-8,
-        ns_form: str = "auto",
-        ns_dtype: torch.dtype = torch.bfloat16,
         process_group: dist.ProcessGroup | None = None,
-        strategy: str = "auto",
         layout: str = "auto",
         bucket_mb: float | None = None,
         gradient_reduction: str = "reduce_scatter",
         reduce_dtype: torch.dtype = torch.float32,
         nonfinite: str = "raise",
+        **options: Any,
     ) -> None:
-        check_newton_schulz(ns_form, ns_dtype, strategy)
+        everywhere = Options.of({"lr": lr, **options})
         check_choice("reduce_dtype", reduce_dtype, (torch.float32, torch.bfloat16))
         check_choice("layout", layout, ("auto", "aligned", "bucketed", "flat"))
         check_choice("gradient_reduction", gradient_reduction, ("reduce_scatter", "none"))
@@ -94,83 +77,46 @@ class DistributedMuon(torch.optim.Optimizer):
             raise ValueError(f"bucket_mb={bucket_mb} with layout={layout!r}: give MiB above 0, and none for 'flat'")
         if gradient_reduction == "none" and reduce_dtype != torch.float32:
             raise ValueError(f'reduce_dtype={reduce_dtype} with gradient_reduction="none": nothing is reduced here')
-        defaults = {
-            "algorithm": "muon",
-            "matrices": None,
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "ns_coefficients": ns_coefficients,
-            "eps": eps,
-            "ns_steps": ns_steps,
-            "adjust_lr_fn": adjust_lr_fn,
-            "adamw_betas": adamw_betas,
-            "adamw_eps": adamw_eps,
-        }
         self._sealed = False
-        super().__init__(params, defaults)
-        for index, group in enumerate(self.param_groups):
-            check_group(index, group)
-        members = _members(self.param_groups)
-        specs = tensor_specs(members, self.param_groups)
-        self.collectives = Collectives(process_group)
-        options = (ns_form, ns_dtype, strategy, layout, bucket_mb, gradient_reduction, reduce_dtype, nonfinite)
-        check_same_everywhere(self.collectives, describe(options, members, self.param_groups))
-        self._params = [param for _, param, _ in members]
-        self._algorithms = [self.param_groups[group]["algorithm"] for _, _, group in members]
-        self._nonfinite = nonfinite
-        self._device = self._params[0].device
-        self._timer = StepTimer(self._device)
-        self.collectives.warm_up(self._device)
+        super().__init__(everywhere.complete(as_groups(params)), {})
+        self._sealed, self._nonfinite = True, nonfinite
+        members = _members(self.param_groups, getattr(params, "order", {}))
+        self._params: list[nn.Parameter] = [member.param for member in members]
+        self.collectives, device = Collectives(process_group), self._params[0].device
+        own = f"layout {layout}, bucket_mb {bucket_mb}, {gradient_reduction}, {reduce_dtype}, {nonfinite}"
+        self._engine = ShardedStep(members, self.param_groups, everywhere, self.collectives, device, also=[own])
 
         dp, rank = self.collectives.size, self.collectives.rank
         numel = None if layout == "flat" else bucket_elements(bucket_mb, dp)
-        buckets = self._cut(specs, numel, layout in ("auto", "aligned"))
-        shards = cut_buckets(buckets, [spec.numel for spec in specs], dp)
-        newton_schulz = NewtonSchulz(ns_steps, ns_form, ns_dtype.itemsize)
-        # Sharing a matrix changes the order of sums, which "standard" promises not to.
-        planning = {"teams": ns_form == "auto", "hardware": hardware_of(self._device.type)}
-        self.plan: Plan = make_plan(Layout.build(specs, shards), strategy, newton_schulz, **planning)
-
+        buckets = _cut(members, self.param_groups, dp, numel, layout in ("auto", "aligned"))
+        shards = cut_buckets(buckets, [member.spec.numel for member in members], dp)
         reduces = gradient_reduction == "reduce_scatter"
+        owned = {shard.tensor: shard for shard in shards[rank]}
         with torch.no_grad():
-            self._buckets = [FlatBucket(bucket, self._params, self.collectives, reduces) for bucket in buckets]
-        self._reducer = GradientReducer(self._buckets, self._params, reduce_dtype, self._timer) if reduces else None
-        self._gatherer = ParameterGatherer(self._buckets, self._params, self._timer)
-        self.sharded_parameters = allocate_state(self._buckets, shards[rank], members, self._algorithms, rank)
-        self.state.update({p.param: p.state for p in self.sharded_parameters})
-        self._owned = [(shard.tensor, self.sharded_parameters[shard.tensor]) for shard in shards[rank]]
-        self._muon = ShardedMuon(
-            self.plan,
-            self.collectives,
-            [p.master for _, p in self._owned],
-            [p.momentum for _, p in self._owned],
-            device=self._device,
-            ns_dtype=ns_dtype,
-            ns_form=ns_form,
-            timer=self._timer,
-        )
-        self._last_wave = self.plan.last_wave_by_tensor()
+            self._buckets = [
+                FlatBucket(b, [owned[t] for t in b.tensors if t in owned], self._params, self.collectives, reduces)
+                for b in buckets
+            ]
+        self._engine.attach(shards, [bucket.part for bucket in self._buckets if bucket.part.shards])
+        self.state.update({p.param: p.state for p in self._engine.parameters})
+        timer = self._engine.timer
+        self._reducer = GradientReducer(self._buckets, self._params, reduce_dtype, timer) if reduces else None
+        self._gatherer = ParameterGatherer(self._buckets, self._params, timer)
+        last = self.plan.last_wave_by_tensor()
+        self._last_wave = [max(last[tensor] for tensor in bucket.tensors) for bucket in buckets]
         self._agreement: Agreement | None = None
         self._unscaled = self._behind_masters = False
-        self._clip = 1.0
-        self._times = self._timer.take()
-        self._report: dict[str, Any] = {}
-        self._sealed = True
+        self._clip, self._facts = 1.0, {}
 
-    def _cut(self, specs: list[TensorSpec], bucket_numel: int | None, aligned: bool) -> list[Bucket]:
-        """Buckets of one algorithm and dtype each, so that every rank's share of the state is equal."""
-        families: dict[Any, list[int]] = {}
-        for tensor, (param, algorithm) in enumerate(zip(self._params, self._algorithms, strict=True)):
-            families.setdefault((algorithm, param.dtype), []).append(tensor)
-        dp, buckets = self.collectives.size, []
-        for tensors in families.values():
-            numels = [specs[tensor].numel for tensor in tensors]
-            for bucket in make_buckets(numels, dp, bucket_numel=bucket_numel, aligned=aligned):
-                buckets.append(bucket._replace(tensors=tuple(tensors[i] for i in bucket.tensors)))
-        # A bucket is complete when the gradient of its first layer arrives: reduce the last layers' first.
-        return sorted(buckets, key=lambda bucket: -min(bucket.tensors))
+    @property
+    def plan(self) -> Plan:
+        """Which rank orthogonalizes which matrix, in which wave."""
+        return self._engine.plan
+
+    @property
+    def sharded_parameters(self) -> list[OwnedParameter]:
+        """What this rank owns of every parameter, in forward order."""
+        return self._engine.parameters
 
     # ---- one step ----------------------------------------------------------------------------------
 
@@ -201,14 +147,14 @@ class DistributedMuon(torch.optim.Optimizer):
         skipped = self._must_skip(agreement)
         if not skipped:
             self._gatherer.adopt_outside_writes()
-            self._adamw_step(agreement.present)
-            self._start_gathers(after_wave=-1)
-            grads = [p.grad for _, p in self._owned]
-            groups = [self.param_groups[p.group] for p in self.sharded_parameters]
-            self._muon.step(grads, groups, agreement.present, after_wave=self._start_gathers)
+            self._engine.step(agreement.present, after_wave=self._start_gathers)
             if not self._gatherer.overlap:
                 self._gatherer.wait()
-        self._finish_step(agreement, skipped)
+        if self._reducer is not None:
+            self._reducer.restart()
+        self._engine.close()
+        self._facts = {"grad_norm": agreement.norm, "skipped": skipped}
+        self._forget_agreement()
         return loss
 
     def _agree(self) -> Agreement:
@@ -217,7 +163,7 @@ class DistributedMuon(torch.optim.Optimizer):
             return self._agreement
         self._gatherer.wait()
         if self._behind_masters:  # unless the model was loaded since
-            self._behind_masters = behind_masters(self.sharded_parameters)
+            self._behind_masters = self._behind()
         stale = [True]
         while any(stale):
             written, stale = False, [False] * len(self._buckets)
@@ -228,10 +174,7 @@ class DistributedMuon(torch.optim.Optimizer):
                 self._reducer.finish()
                 has_gradient = [self._reducer.has_gradient(tensor) for tensor in range(len(self._params))]
                 written, stale = self._reducer.written_outside(), self._reducer.stale
-            grads = [(tensor, p.grad) for tensor, p in self._owned]
-            flags = [self._behind_masters, written, *stale]
-            with self._timer("agreement"):
-                agreement = Agreement.reach(self.collectives, grads, has_gradient, flags, self._device)
+            agreement = self._engine.agree(has_gradient, [self._behind_masters, written, *stale])
             behind, written, *stale = agreement.flags
             if behind:
                 raise RuntimeError(
@@ -252,56 +195,25 @@ class DistributedMuon(torch.optim.Optimizer):
         return agreement
 
     def _must_skip(self, agreement: Agreement) -> bool:
-        bad = agreement.nonfinite
-        if bad and self._nonfinite == "raise":
+        if agreement.nonfinite and self._nonfinite == "raise":
+            first, *others = self._engine.nonfinite()
             raise FloatingPointError(
-                f"gradient of parameter {self.sharded_parameters[bad[0]].name!r} has inf or nan ({len(bad)} parameters "
-                'in all): the step was not taken and no state changed; pass nonfinite="skip" to skip such steps'
+                f"gradient of parameter {first!r} has inf or nan ({1 + len(others)} parameters in all): the step was "
+                'not taken and no state changed; pass nonfinite="skip" to skip such steps'
             )
-        return bool(bad)
+        return agreement.nonfinite
 
     def _copy_averaged_gradients(self) -> None:
-        for _, p in self._owned:
-            whole = p.param.grad
-            p.grad.zero_() if whole is None else p.grad.copy_(whole.reshape(-1)[p.start : p.stop])
-
-    def _adamw_step(self, present: list[bool]) -> None:
-        with self._timer("adamw"):
-            for index, group in enumerate(self.param_groups):
-                owned = [p for tensor, p in self._owned if p.group == index and present[tensor]]
-                if group["algorithm"] == "adamw" and owned:
-                    adamw_update(
-                        [p.master for p in owned],
-                        [p.grad for p in owned],
-                        *([p.state[key] for p in owned] for key in ("exp_avg", "exp_avg_sq", "step")),
-                        lr=float(group["lr"]),
-                        betas=group["adamw_betas"],
-                        eps=group["adamw_eps"],
-                        weight_decay=group["weight_decay"],
-                    )
-            for tensor, p in enumerate(self.sharded_parameters):
-                if "step" in p.state and present[tensor] and p.start == p.stop:
-                    p.state["step"] += 1  # the owners' was advanced above: the same count on every rank
+        for p in self.sharded_parameters:
+            if p.part is not None:
+                whole = p.param.grad
+                p.grad.zero_() if whole is None else p.grad.copy_(whole.reshape(-1)[p.start : p.stop])
 
     def _start_gathers(self, after_wave: int) -> None:
         """Start the all-gather of the buckets whose last matrix was updated in this wave (-1: AdamW)."""
-        for index, bucket in enumerate(self._buckets):
-            if max(self._last_wave[tensor] for tensor in bucket.spec.tensors) == after_wave:
+        for index, last in enumerate(self._last_wave):
+            if last == after_wave:
                 self._gatherer.start(index)
-
-    def _finish_step(self, agreement: Agreement, skipped: bool) -> None:
-        if self._reducer is not None:
-            self._reducer.restart()
-        self._report = {
-            "grad_norm": agreement.norm,
-            "skipped": skipped,
-            "ns_calls": self._muon.ns_calls,
-            "bytes": dict(self.collectives.sent_bytes),
-        }
-        self._times = self._timer.take()
-        self.collectives.sent_bytes.clear()
-        self._muon.ns_calls = 0
-        self._forget_agreement()
 
     def step_report(self) -> dict[str, Any]:
         """What the last step did; collective over the process group.
@@ -315,19 +227,15 @@ class DistributedMuon(torch.optim.Optimizer):
             side being the rows). A step begins where the one before returned, so the gathers that
             `overlap_param_gather` left under way count to the next.
         """
-        measured = merge_measured(self.collectives, self.plan, self._muon.measured, self._device)
-        return {**self.local_report(), **measured}
+        return step_report([self._engine], **self._facts)
 
     def local_report(self) -> dict[str, Any]:
         """`step_report()` without what is measured per matrix; no collective."""
-        times = {"seconds": self._times.seconds(), "communication": self._times.communication()}
-        return {**self._report, **times} if self._report else {}
+        return local_report([self._engine], **self._facts)
 
     def track(self, *names: str) -> None:
         """Choose what every step measures per matrix: any of "update_rms" (the default) and "orthogonality"."""
-        for name in names:
-            check_choice("track", name, ("update_rms", "orthogonality"))
-        self._muon.track = set(names)
+        self._engine.measures.choose(*names)
 
     def _forget_agreement(self) -> None:
         self._agreement, self._unscaled, self._clip = None, False, 1.0
@@ -387,11 +295,11 @@ class DistributedMuon(torch.optim.Optimizer):
         self._scale_gradients(inv_scale)
         agreement.rescale(inv_scale)
         self._unscaled = True
-        return bool(agreement.nonfinite)
+        return agreement.nonfinite
 
     def _scale_gradients(self, factor: float) -> None:
         for bucket in self._buckets:
-            bucket.grad_shard.mul_(factor)
+            bucket.part.grad.mul_(factor)
 
     # ---- parameters ----------------------------------------------------------------------------------
 
@@ -422,7 +330,7 @@ class DistributedMuon(torch.optim.Optimizer):
     def resync_masters(self) -> None:
         """Take over values written through `p.data`; writes into `p` itself are noticed at the next step."""
         for bucket in self._buckets:
-            bucket.merge_outside_writes()
+            bucket.part.adopt()
         self._behind_masters = False
 
     # ---- state ---------------------------------------------------------------------------------------
@@ -444,7 +352,13 @@ class DistributedMuon(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another rank, world size or set of parameters.
         """
-        self._behind_masters = import_state(self.sharded_parameters, self.param_groups, *self._place, state_dict)
+        import_state(self.sharded_parameters, self.param_groups, *self._place, state_dict)
+        self._engine.rebind()
+        self._behind_masters = self._behind()
+
+    def _behind(self) -> bool:
+        """Whether elements of a parameter on this rank do not follow from the masters."""
+        return any(bucket.part.behind() for bucket in self._buckets)
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -459,12 +373,28 @@ class DistributedMuon(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
 
-def _members(groups: list[dict[str, Any]]) -> list[tuple[str, nn.Parameter, int]]:
-    """(name, parameter, group index) of every parameter, in the model's order where the groups tell it."""
-    members = []
-    for index, group in enumerate(groups):
-        names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-        positions = group.get("positions") or range(len(members), len(members) + len(names))
-        members += zip(positions, names, group["params"], [index] * len(names), strict=True)
-    members.sort(key=lambda member: member[0])
-    return [member[1:] for member in members]
+def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:
+    """Every parameter, in the model's order where that is known."""
+    names = parameter_names(groups)
+    members = [
+        Member(tensor_spec(name, param, group), param, index)
+        for index, group in enumerate(groups)
+        for name, param in zip(names[index], group["params"], strict=True)
+    ]
+    return sorted(members, key=lambda member: order.get(member.spec.name, 0))
+
+
+def _cut(
+    members: Sequence[Member], groups: Sequence[Mapping[str, Any]], dp: int, bucket_numel: int | None, aligned: bool
+) -> list[Bucket]:
+    """Buckets of one algorithm and dtype each, so that every rank's share of the state is equal."""
+    families: dict[Any, list[int]] = {}
+    for tensor, member in enumerate(members):
+        families.setdefault((groups[member.group]["algorithm"], member.param.dtype), []).append(tensor)
+    buckets = []
+    for tensors in families.values():
+        numels = [members[tensor].spec.numel for tensor in tensors]
+        for bucket in make_buckets(numels, dp, bucket_numel=bucket_numel, aligned=aligned):
+            buckets.append(bucket._replace(tensors=tuple(tensors[i] for i in bucket.tensors)))
+    # A bucket is complete when the gradient of its first layer arrives: reduce the last layers' first.
+    return sorted(buckets, key=lambda bucket: -min(bucket.tensors))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -69,6 +69,18 @@ class AuditRow:
         return TensorSpec(self.name, self.shape).numel
 
 
+class ParamGroups(list[dict[str, Any]]):
+    """Parameter groups that know in which order the model registers their parameters.
+
+    Args:
+        groups: as torch.optim takes them. order: parameter name -> its place, so that buckets follow the backward.
+    """
+
+    def __init__(self, groups: Iterable[dict[str, Any]], order: Mapping[str, int]) -> None:
+        super().__init__(groups)
+        self.order = order
+
+
 def muon_param_groups(
     model: nn.Module,
     *,
@@ -76,7 +88,7 @@ def muon_param_groups(
     muon: Mapping[str, Any] | None = None,
     adamw: Mapping[str, Any] | None = None,
     vector_weight_decay: float | None = None,
-) -> list[dict[str, Any]]:
+) -> ParamGroups:
     """Parameter groups for `DistributedMuon`: hidden matrices to Muon, everything else to AdamW.
 
     Args:
@@ -91,13 +103,13 @@ def muon_param_groups(
 
     Returns:
         Groups with "params" as (name, parameter) pairs, "algorithm", and for Muon groups whose parameters
-        are not one plain matrix each, the rule under "matrices" (one group per distinct rule). "positions"
-        says where in the model each parameter stands, so that buckets follow the backward pass.
+        are not one plain matrix each, the rule under "matrices" (one group per distinct rule).
 
     Raises:
         ValueError: no parameter goes to Muon; a parameter is sharded or flattened; an override matches
             nothing or does not fit; a fused parameter whose parts cannot be told.
     """
+    order: dict[str, int] = {}
     muon_groups: dict[Whole, dict[str, Any]] = {}
     adamw_groups: dict[bool, dict[str, Any]] = {}
     for position, (name, param, decision) in enumerate(_decide(model, overrides or {})):
@@ -115,13 +127,13 @@ def muon_param_groups(
             decay = {"weight_decay": vector_weight_decay} if apart else {}
             group = adamw_groups.setdefault(apart, {"params": [], "algorithm": "adamw", **(adamw or {}), **decay})
         group["params"].append((name, param))
-        group.setdefault("positions", []).append(position)
+        order[name] = position
     if not muon_groups:
         raise ValueError(
             "model has no parameter for Muon: every one is a vector, an embedding, a head or frozen; "
             "see `python -m distributed_muon audit`, then say what is a matrix with overrides={pattern: 'muon'}"
         )
-    return [*muon_groups.values(), *adamw_groups.values()]
+    return ParamGroups([*muon_groups.values(), *adamw_groups.values()], order)
 
 
 def audit(

@@ -39,18 +39,19 @@ class Agreement:
     """The same view of this step's gradients on every rank, from one all-reduce.
 
     Attributes:
-        squares: per tensor, sum of squares of the mean gradient (unscaled once `rescale` was called).
+        square: sum of squares of the mean gradient (unscaled once `rescale` was called); inf or nan where any
+            element is.
         present: per tensor, whether any rank has a gradient.
         flags: per flag, whether any rank raised it.
     """
 
-    def __init__(self, squares: list[float], present: list[bool], flags: list[bool]) -> None:
-        self.squares, self.present, self.flags = squares, present, flags
+    def __init__(self, square: float, present: list[bool], flags: list[bool]) -> None:
+        self.square, self.present, self.flags = square, present, flags
 
     @staticmethod
     def reach(
         collectives: Collectives,
-        shards: Sequence[tuple[int, Tensor]],
+        grads: Sequence[Tensor],
         has_gradient: Sequence[bool],
         flags: Sequence[bool],
         device: torch.device,
@@ -58,32 +59,28 @@ class Agreement:
         """Sum every rank's view; collective over the data-parallel group.
 
         Args:
-            shards: (tensor number, fp32 mean gradient of this rank's part) pairs; padding excluded.
+            grads: fp32 mean gradients of this rank's shards, padding excluded.
             has_gradient: per tensor, on this rank. flags: anything that must lead to one decision.
         """
-        count = len(has_gradient)
         # fp64 sums where the device has it, so that squares of fp32's largest numbers do not overflow.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        view = torch.zeros(2 * count + len(flags), dtype=wide, device=device)
-        if shards:
-            norms = torch.stack(torch._foreach_norm([grad for _, grad in shards], 2, dtype=wide))
-            index = torch.tensor([tensor for tensor, _ in shards], device=device)
-            view.index_add_(0, index, norms.to(wide).square())
-        view[count:] = torch.tensor([*has_gradient, *flags], dtype=wide, device=device)
-        total = collectives.all_reduce(view).tolist()
-        present = [value > 0 for value in total[count : 2 * count]]
-        return Agreement(total[:count], present, [value > 0 for value in total[2 * count :]])
+        view = torch.tensor([0, *has_gradient, *flags], dtype=wide).to(device)
+        if grads:
+            view[0] = torch.stack(torch._foreach_norm(grads, 2, dtype=wide)).square().sum()
+        square, *counts = collectives.all_reduce(view).tolist()
+        raised = [count > 0 for count in counts]
+        return Agreement(square, raised[: len(has_gradient)], raised[len(has_gradient) :])
 
     @property
     def norm(self) -> float:
         """Global 2-norm of the mean gradient; inf or nan where any element is."""
-        return sum(self.squares) ** 0.5
+        return self.square**0.5
 
     @property
-    def nonfinite(self) -> list[int]:
-        """Tensors whose gradient has an inf or nan anywhere."""
-        return [t for t, square in enumerate(self.squares) if not square < float("inf")]
+    def nonfinite(self) -> bool:
+        """Whether any element of any gradient is inf or nan."""
+        return not self.square < float("inf")
 
     def rescale(self, factor: float) -> None:
         """Follow a multiplication of every gradient by `factor`."""
-        self.squares = [square * factor * factor for square in self.squares]
+        self.square *= factor * factor

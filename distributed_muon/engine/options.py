@@ -1,12 +1,15 @@
-"""Checks at construction: every option and parameter that cannot be right is refused by name."""
+"""Every option of the optimizer once: its default, its meaning, and the check that refuses what cannot be right."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distributed_muon.engine.coefficients import coefficient_table
 from distributed_muon.engine.update import ADJUST_LR_FNS
@@ -14,6 +17,98 @@ from distributed_muon.layout.matrices import TensorSpec, Whole
 from distributed_muon.layout.plan import STRATEGIES
 
 ALGORITHMS = ("muon", "adamw")
+# What every group has, and what each algorithm reads beside that. AdamW's carry torch.optim.AdamW's names.
+_OF_EVERY_GROUP = ("algorithm", "lr", "weight_decay")
+_OF_ALGORITHM = {
+    "muon": ("matrices", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"),
+    "adamw": ("betas", "eps"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options that every integration takes, by keyword.
+
+    The first block may differ by parameter group and, but for the shape of the Newton-Schulz iteration, between
+    steps. Names and meaning are torch.optim.Muon's.
+
+    Args:
+        lr, weight_decay: of Muon and AdamW groups; decay is decoupled, p * (1 - lr * weight_decay).
+        momentum, nesterov: of Muon; an exponential moving average, m = momentum * m + (1 - momentum) * g.
+        ns_coefficients: (a, b, c), one triple per step, or a table's name (`coefficients.COEFFICIENTS`).
+        eps: of Newton-Schulz; guards the zero matrix only, for inputs are scaled first.
+        ns_steps: iterations of Newton-Schulz.
+        adjust_lr_fn: factor on a matrix's rate, "match_rms_adamw" (0.2 * sqrt(max(rows, cols)), which lets
+            AdamW's learning rate carry over) or "original" (sqrt(max(1, rows / cols))).
+        betas, adamw_eps: of AdamW groups, which hold them as "betas" and "eps" like torch.optim.AdamW's.
+        ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape.
+        ns_dtype: of Newton-Schulz and of what travels for it: torch.bfloat16 or torch.float32.
+        strategy: "home", "gather" or "auto" (`layout.plan.make_plan`).
+
+    Raises:
+        ValueError: an option that cannot be right; the message names it.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_coefficients: Any = "quintic"
+    eps: float = 1e-7
+    ns_steps: int = 5
+    adjust_lr_fn: str = "match_rms_adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    adamw_eps: float = 1e-8
+    ns_form: str = "auto"
+    ns_dtype: torch.dtype = torch.bfloat16
+    strategy: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("ns_form", self.ns_form, ("auto", "standard", "gram"))
+        check_choice("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32))
+        check_choice("strategy", self.strategy, STRATEGIES)
+
+    @staticmethod
+    def of(given: Mapping[str, Any]) -> Options:
+        """Options from keywords; raises a ValueError that names an unknown one and the nearest known."""
+        known = [field.name for field in dataclasses.fields(Options)]
+        for name in given:
+            if name not in known:
+                raise ValueError(f"{name} is no option of this optimizer: {nearest(name, known)}")
+        return Options(**given)
+
+    def complete(self, groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """The parameter groups with every option of their algorithm; what a group has itself wins.
+
+        Raises:
+            ValueError: an option that cannot be right or that the group's algorithm does not read.
+        """
+        out = []
+        for index, group in enumerate(groups):
+            algorithm = group.get("algorithm", "muon")
+            check_choice("algorithm", algorithm, ALGORITHMS)
+            whole: dict[str, Any] = {}
+            for name in (*_OF_EVERY_GROUP, *_OF_ALGORITHM[algorithm]):
+                own = "adamw_eps" if (algorithm, name) == ("adamw", "eps") else name
+                whole[name] = getattr(self, own, {"algorithm": algorithm}.get(name))
+            whole.update(group)
+            check_group(index, whole)
+            out.append(whole)
+        return out
+
+
+def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """Parameters, (name, parameter) pairs or groups, as torch.optim takes them, as groups."""
+    if isinstance(params, Tensor):
+        raise TypeError("params is one tensor: give an iterable of parameters, of (name, parameter) pairs, or groups")
+    items = list(params)
+    return [dict(item) for item in items] if items and isinstance(items[0], Mapping) else [{"params": items}]
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The way out for an unknown name."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"choose one of {', '.join(known)}"
 
 
 def check_choice(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -22,59 +117,44 @@ def check_choice(option: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{option}={value!r} is unknown: choose one of {', '.join(map(str, allowed))}")
 
 
-def check_newton_schulz(ns_form: str, ns_dtype: torch.dtype, strategy: str) -> None:
-    """Raise a ValueError that names the first of these options, which every adapter has, that cannot be right."""
-    check_choice("ns_form", ns_form, ("auto", "standard", "gram"))
-    check_choice("ns_dtype", ns_dtype, (torch.bfloat16, torch.float32))
-    check_choice("strategy", strategy, STRATEGIES)
-
-
 def check_group(index: int, group: Mapping[str, Any]) -> None:
-    """Raise a ValueError that names the first option of a parameter group that cannot be right."""
-    check_choice("algorithm", group["algorithm"], ALGORITHMS)
-    for option in ("lr", "weight_decay", "momentum", "eps", "adamw_eps"):
-        if not float(group[option]) >= 0:
-            raise ValueError(f"{option}={group[option]} of parameter group {index} must be >= 0")
-    if "betas" in group:
-        raise ValueError(f"betas of parameter group {index}: AdamW groups call them adamw_betas (and eps adamw_eps)")
+    """Raise a ValueError that names the first option of a complete parameter group that cannot be right."""
+    algorithm, where = group["algorithm"], f"of parameter group {index}"
+    other = "adamw" if algorithm == "muon" else "muon"
+    for option in _OF_ALGORITHM[other]:
+        if group.get(option) is not None and option not in _OF_ALGORITHM[algorithm]:
+            raise ValueError(f"{option}={group[option]} {where}: {algorithm} groups have no {option}; leave it out")
+    for option in ("lr", "weight_decay", "momentum", "eps"):
+        if option in group and not float(group[option]) >= 0:
+            raise ValueError(f"{option}={group[option]} {where} must be >= 0")
+    if algorithm == "adamw":
+        if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas={group['betas']} {where} must be two numbers in [0, 1)")
+        return
     if not group["momentum"] < 1:
-        raise ValueError(f"momentum={group['momentum']} of parameter group {index} must be below 1")
-    if not all(0 <= beta < 1 for beta in group["adamw_betas"]):
-        raise ValueError(f"adamw_betas={group['adamw_betas']} of parameter group {index} must be in [0, 1)")
-    if group["algorithm"] == "muon":
-        check_choice("adjust_lr_fn", group["adjust_lr_fn"], ADJUST_LR_FNS)
-        coefficient_table(group["ns_coefficients"], group["ns_steps"])
-    elif group["matrices"] is not None:
-        raise ValueError(f"matrices={group['matrices']} of parameter group {index}: AdamW groups take no matrix rule")
+        raise ValueError(f"momentum={group['momentum']} {where} must be below 1")
+    check_choice("adjust_lr_fn", group["adjust_lr_fn"], ADJUST_LR_FNS)
+    coefficient_table(group["ns_coefficients"], group["ns_steps"])
 
 
-def tensor_specs(
-    members: Sequence[tuple[str, nn.Parameter, int]], groups: Sequence[Mapping[str, Any]]
-) -> list[TensorSpec]:
-    """The planner's view of the parameters; raises a ValueError that names the first unsupported one.
+def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """The names of every group's parameters, "group.position" where they were given without.
 
-    Args:
-        members: (name, parameter, group index) of every parameter. groups: the parameter groups.
+    Raises:
+        ValueError: two parameters have the same name.
     """
-    names = [name for name, _, _ in members]
-    if len(set(names)) < len(names):
+    out = [
+        list(group.get("param_names") or (f"{index}.{i}" for i in range(len(group["params"]))))
+        for index, group in enumerate(groups)
+    ]
+    flat = [name for names in out for name in names]
+    if len(set(flat)) < len(flat):
         raise ValueError("parameter names are not unique: pass the (name, tensor) pairs of one model")
-    return [_tensor_spec(name, param, groups[group]) for name, param, group in members]
+    return out
 
 
-def describe(
-    options: Sequence[Any], members: Sequence[tuple[str, nn.Parameter, int]], groups: Sequence[Mapping[str, Any]]
-) -> list[str]:
-    """One line for the options and one per parameter, equal on ranks that will take the same decisions."""
-    lines = [f"options {tuple(options)}"]
-    for name, param, number in members:
-        group = {k: v for k, v in groups[number].items() if k not in ("params", "param_names", "positions")}
-        lines.append(f"parameter {name!r} of shape {tuple(param.shape)}, {param.dtype}, group {number} {group}")
-    return lines
-
-
-def _tensor_spec(name: str, param: nn.Parameter, group: Mapping[str, Any]) -> TensorSpec:
-    """The planner's view of one parameter; raises a ValueError that names it where it is unsupported."""
+def tensor_spec(name: str, param: nn.Parameter, group: Mapping[str, Any]) -> TensorSpec:
+    """The planner's view of one whole parameter; raises a ValueError that names it where it is unsupported."""
     if hasattr(param, "placements"):
         raise ValueError(f"parameter {name!r} is a DTensor: DistributedMuon shards by itself, pass plain tensors")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -93,3 +173,8 @@ def _tensor_spec(name: str, param: nn.Parameter, group: Mapping[str, Any]) -> Te
     spec = TensorSpec(name, tuple(param.shape), group["matrices"] or Whole())
     spec.matrices()
     return spec
+
+
+def describe_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's options without its parameters, equal on ranks that will take the same decisions."""
+    return {k: v for k, v in group.items() if k not in ("params", "param_names")}

@@ -1,44 +1,115 @@
-"""What one rank owns of every parameter, and its exact, collective-free state dict."""
+"""What one rank owns of every parameter: the flat memory an adapter brings, and one record per parameter."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from distributed_muon.buckets import FlatBucket
+from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Shard
 
-FORMAT = 1
+MOMENTS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
-_MOMENTS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
+class Member(NamedTuple):
+    """A parameter that is trained: what the planner sees of it, the tensor itself, and its group's number."""
+
+    spec: TensorSpec
+    param: Tensor
+    group: int
 
 
-@dataclass(frozen=True)
-class ShardedParameter:
+@dataclass(eq=False)
+class Part:
+    """One flat run of this rank's memory: neighbouring shards of one algorithm and one dtype.
+
+    A flat bucket's own 1/N, a DeepSpeed partition, or a stretch of a Megatron buffer. All tensors are 1-D, have
+    `numel` elements and the same arrangement. Adapters may re-point them; after any but `grad`, they call
+    `ShardedStep.rebind()`.
+
+    Args:
+        shards: in the order of their offsets. offsets: element at which each begins; between them is padding.
+        master: (n,) fp32 masters.
+        values: (n,) these elements in the parameters themselves; `master` where those are fp32; None where the
+            framework copies the masters by itself.
+        grad: (n,) fp32 mean gradient, before each step.
+        moments: (n,) fp32 by name; what is missing is allocated by the engine.
+    """
+
+    shards: Sequence[Shard]
+    offsets: Sequence[int]
+    master: Tensor
+    values: Tensor | None = None
+    grad: Tensor | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def over(shards: Sequence[Shard], offsets: Sequence[int], values: Tensor, grad: Tensor | None = None) -> Part:
+        """A part whose masters are the parameters' own elements where these are fp32, else a copy of them."""
+        master = values if values.dtype == torch.float32 else values.float()
+        return Part(shards, offsets, master, values, grad)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether the masters are memory of their own, to be rounded into the parameters."""
+        return self.values is not None and self.values is not self.master
+
+    def behind(self) -> bool:
+        """Whether elements of the parameters do not follow from the masters."""
+        return self.has_copies and not torch.equal(self.master.to(self.values.dtype), self.values)
+
+    def adopt(self) -> None:
+        """Let masters follow values written into the parameters, such as a loaded model.
+
+        An element whose rounded master equals the parameter keeps the master's full precision.
+        """
+        if self.has_copies:
+            kept = self.master.to(self.values.dtype) == self.values
+            self.master.copy_(torch.where(kept, self.master, self.values.float()))
+
+    def publish(self) -> None:
+        """Round the masters into the parameters' own elements."""
+        if self.has_copies:
+            self.values.copy_(self.master)
+
+
+@dataclass(frozen=True, eq=False)
+class OwnedParameter:
     """One parameter as one rank holds it.
 
     Args:
-        name, param: of the whole parameter. group: index of its parameter group.
-        start, stop: flat elements of the parameter that this rank owns; equal where it owns none.
-        master: fp32 1-D masters of these elements; part of the parameter itself where that is fp32.
-        grad: fp32 1-D mean gradient of these elements.
+        name, param, group: of the parameter. tensor: its number in the layout.
+        start, stop: flat elements of the rank-local tensor that this rank owns; equal where it owns none.
+        part, offset: where they lie; None where this rank owns none.
+        master: fp32 1-D masters of these elements.
         state: fp32 1-D moments of these elements ("momentum_buffer", or "exp_avg" and "exp_avg_sq"), and
-            for AdamW a 0-d "step".
+            for AdamW a 0-d "step" on the CPU.
     """
 
     name: str
-    param: nn.Parameter
+    param: Tensor
     group: int
+    tensor: int
     start: int
     stop: int
+    part: Part | None
+    offset: int
     master: Tensor
-    grad: Tensor
     state: dict[str, Tensor]
+
+    @property
+    def grad(self) -> Tensor:
+        """fp32 1-D mean gradient of these elements."""
+        return self._own(self.part.grad) if self.part is not None else self.master
+
+    @property
+    def values(self) -> Tensor | None:
+        """These elements of the parameter itself, 1-D, in its dtype; None where the framework keeps them."""
+        return self._own(self.part.values) if self.part is not None else self.master
 
     @property
     def momentum(self) -> Tensor:
@@ -50,124 +121,33 @@ class ShardedParameter:
         """What a checkpoint needs beside the model: the state, and masters that are not the parameter."""
         return self.state if self.param.dtype == torch.float32 else {**self.state, "master": self.master}
 
-
-def allocate_state(
-    buckets: Sequence[FlatBucket],
-    shards: Sequence[Shard],
-    members: Sequence[tuple[str, nn.Parameter, int]],
-    algorithms: Sequence[str],
-    rank: int,
-) -> list[ShardedParameter]:
-    """Zero moments for every bucket's own part; shards are views into the buckets.
-
-    Args:
-        buckets: of this rank. shards: that this rank owns. members: (name, parameter, group index) by
-            tensor number. algorithms: "muon" or "adamw" by tensor number, one per bucket.
-        rank: data-parallel rank.
-
-    Returns:
-        One entry per tensor, by tensor number, also where this rank owns nothing of it.
-    """
-    owned = {shard.tensor: shard for shard in shards}
-    out: dict[int, ShardedParameter] = {}
-    for bucket in buckets:
-        begin = bucket.master.numel() * rank
-        algorithm = algorithms[bucket.spec.tensors[0]]
-        moments = {key: torch.zeros_like(bucket.master) for key in _MOMENTS[algorithm]}
-        for tensor, offset in zip(bucket.spec.tensors, bucket.spec.offsets, strict=True):
-            _, start, stop = owned.get(tensor, Shard(tensor, 0, 0))
-            window = (0, offset + start - begin if stop > start else 0, stop - start)
-            state = {key: moment.narrow(*window) for key, moment in moments.items()}
-            if algorithm == "adamw":
-                state["step"] = torch.zeros(())
-            views = (bucket.master.narrow(*window), bucket.grad_shard.narrow(*window))
-            out[tensor] = ShardedParameter(*members[tensor], start, stop, *views, state)
-    return [out[tensor] for tensor in range(len(members))]
+    def _own(self, flat: Tensor | None) -> Tensor | None:
+        return None if flat is None else flat.narrow(0, self.offset, self.stop - self.start)
 
 
-def export_state(
-    parameters: Sequence[ShardedParameter], param_groups: Sequence[Mapping[str, Any]], rank: int, world: int
-) -> dict[str, Any]:
-    """This rank's state by parameter name; tensors are references to live state, as in torch.optim."""
-    return {
-        "format": FORMAT,
-        "rank": rank,
-        "world_size": world,
-        "state": {p.name: {"shard": (p.start, p.stop), **p.saved} for p in parameters},
-        "param_groups": export_groups(parameters, param_groups),
-    }
-
-
-def import_state(
-    parameters: Sequence[ShardedParameter],
-    param_groups: Sequence[dict[str, Any]],
-    rank: int,
-    world: int,
-    state_dict: Mapping[str, Any],
-) -> bool:
-    """Copy an exported state back, bit by bit.
-
-    Returns:
-        Whether elements of a parameter on this rank do not follow from the restored masters.
-
-    Raises:
-        ValueError: the state belongs to another rank, world size or set of parameters; nothing was changed.
-    """
-    for key, mine in (("format", FORMAT), ("world_size", world), ("rank", rank)):
-        if state_dict.get(key) != mine:
-            raise ValueError(
-                f"state_dict has {key} {state_dict.get(key)!r}, this optimizer {mine!r}: use checkpoint.save/load to "
-                "resume on another number of ranks"
-            )
-    check_groups(parameters, param_groups, state_dict["param_groups"])
-    for p in parameters:
-        saved = state_dict["state"][p.name]
-        if saved["shard"] != (p.start, p.stop) or set(saved) != {"shard", *p.saved}:
-            raise ValueError(
-                f"state_dict holds elements {saved['shard']} of parameter {p.name!r}, this rank {(p.start, p.stop)}: "
-                "use the same layout and bucket_mb, or checkpoint.save/load"
-            )
-    for p in parameters:
-        for key, value in p.saved.items():
-            value.copy_(state_dict["state"][p.name][key])
-    import_groups(param_groups, state_dict["param_groups"])
-    return behind_masters(parameters)
-
-
-def behind_masters(parameters: Sequence[ShardedParameter]) -> bool:
-    """Whether elements of a parameter on this rank do not follow from the masters."""
-    own = ((p.param.detach().view(-1)[p.start : p.stop], p.master) for p in parameters)
-    return any(not torch.equal(master.to(values.dtype), values) for values, master in own)
-
-
-def export_groups(
-    parameters: Sequence[ShardedParameter], param_groups: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """The options of every group, with parameter names in place of tensors."""
-    return [
-        {
-            **{k: v for k, v in group.items() if k not in ("param_names", "positions", "matrices")},
-            "params": _names(parameters, index),
-        }
-        for index, group in enumerate(param_groups)
-    ]
-
-
-def check_groups(
-    parameters: Sequence[ShardedParameter],
-    param_groups: Sequence[Mapping[str, Any]],
-    saved_groups: Sequence[Mapping[str, Any]],
-) -> None:
-    """Raise a ValueError unless the saved groups hold the same parameters."""
-    if [group["params"] for group in saved_groups] != [_names(parameters, i) for i in range(len(param_groups))]:
-        raise ValueError("the saved state has other parameter names or groups: build the same parameter groups first")
-
-
-def import_groups(param_groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
-    """Restore the options of every group, such as a scheduled learning rate."""
-    for group, saved in zip(param_groups, saved_groups, strict=True):
-        group.update({key: value for key, value in saved.items() if key != "params"})
-
-
-def _names(parameters: Sequence[ShardedParameter], group: int) -> list[str]:
-    return [p.name for p in parameters if p.group == group]
+def own_parameters(
+    members: Sequence[Member], algorithms: Sequence[str], parts: Sequence[Part], device: torch.device
+) -> list[OwnedParameter]:
+    """Zero moments for every part, and one record per parameter, also where this rank owns nothing of it."""
+    nothing = torch.empty(0, dtype=torch.float32, device=device)
+    places: dict[int, tuple[Part, Shard, int]] = {}
+    for part in parts:
+        for key in MOMENTS[algorithms[part.shards[0].tensor]]:
+            if key not in part.moments:
+                part.moments[key] = torch.zeros_like(part.master, requires_grad=False)
+        for shard, offset in zip(part.shards, part.offsets, strict=True):
+            if shard.tensor in places:
+                raise ValueError(f"parameter {members[shard.tensor].spec.name!r} lies in two parts of one rank")
+            places[shard.tensor] = part, shard, offset
+    out = []
+    for tensor, member in enumerate(members):
+        part, shard, offset = places.get(tensor, (None, Shard(tensor, 0, 0), 0))
+        window = (0, offset, shard.stop - shard.start)
+        keys = MOMENTS[algorithms[tensor]]
+        state = {key: part.moments[key].narrow(*window) if part else nothing for key in keys}
+        if algorithms[tensor] == "adamw":
+            state["step"] = torch.zeros(())
+        master = part.master.narrow(*window) if part else nothing
+        head = (member.spec.name, member.param, member.group, tensor)
+        out.append(OwnedParameter(*head, shard.start, shard.stop, part, offset, master, state))
+    return out

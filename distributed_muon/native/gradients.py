@@ -1,86 +1,15 @@
-"""Flat parameter and gradient buckets, their reduce-scatter during backward and their all-gather.
-
-A bucket holds whole parameters of one dtype and one algorithm as views of one flat tensor. Rank r
-owns the r-th equal part. Gradients accumulate into a flat fp32 twin; when the last gradient of a
-bucket lands in the last microbatch, its reduce-scatter starts, always in bucket order.
-"""
+"""Gradients on their way from autograd to shards: accumulated in flat buckets, reduce-scattered under the backward."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.engine.collectives import Pending
 from distributed_muon.engine.timing import StepTimer
-from distributed_muon.layout.cutting import Bucket
-
-
-class FlatBucket:
-    """The tensors of one bucket on one rank.
-
-    Args:
-        spec: where each tensor lies. params: all parameters, indexed by the spec's tensor numbers; those
-            of this bucket become views of `flat`.
-        collectives: of the data-parallel group. own_gradients: whether to keep a flat gradient; False
-            where a wrapper already averages p.grad.
-
-    Attributes:
-        flat: (numel,) parameter dtype. grad: (numel,) fp32 local gradient sums, or None.
-        master: (numel / dp,) fp32, this rank's part; a view of `flat` where that is fp32.
-        grad_shard: (numel / dp,) fp32 mean gradient of this rank's part.
-    """
-
-    def __init__(
-        self, spec: Bucket, params: Sequence[nn.Parameter], collectives: Collectives, own_gradients: bool
-    ) -> None:
-        self.spec, self._collectives = spec, collectives
-        first = params[spec.tensors[0]]
-        device, dtype, size = first.device, first.dtype, spec.numel // collectives.size
-        self.flat = torch.zeros(spec.numel, dtype=dtype, device=device)
-        self.own = self.flat.narrow(0, collectives.rank * size, size)
-        for tensor, offset in zip(spec.tensors, spec.offsets, strict=True):
-            param = params[tensor]
-            view = self.flat.narrow(0, offset, param.numel()).view(param.shape)
-            view.copy_(param.detach())
-            param.data = view
-        self.master = self.own if dtype == torch.float32 else self.own.float()
-        self.grad = torch.zeros(spec.numel, dtype=torch.float32, device=device) if own_gradients else None
-        self.grad_shard = torch.zeros(size, dtype=torch.float32, device=device)
-
-    def reduce_scatter(self, dtype: torch.dtype) -> Pending:
-        """Start `grad_shard` = mean over ranks of `grad`, summed in `dtype`; collective over the DP group."""
-        assert self.grad is not None
-        if dtype == torch.float32:
-            output, source = self.grad_shard, self.grad
-        else:
-            output, source = self.grad_shard.to(dtype), self.grad.to(dtype)
-        pending = self._collectives.reduce_scatter(output, source)
-
-        def mean() -> None:
-            pending.wait()
-            if output is not self.grad_shard:
-                self.grad_shard.copy_(output)
-            self.grad_shard.div_(self._collectives.size)
-
-        return Pending((), output, source, finish=mean)
-
-    def all_gather(self) -> Pending:
-        """Write the masters into this rank's part of `flat` and start gathering the others' parts."""
-        if self.own.data_ptr() != self.master.data_ptr():
-            self.own.copy_(self.master)
-        return self._collectives.all_gather(self.flat)
-
-    def merge_outside_writes(self) -> None:
-        """Let masters follow values that were written into the parameters (a loaded checkpoint).
-
-        An element whose rounded master equals the parameter keeps the master's full precision.
-        """
-        if self.own.data_ptr() != self.master.data_ptr():
-            kept = self.master.to(self.own.dtype) == self.own
-            self.master.copy_(torch.where(kept, self.master, self.own.float()))
-
+from distributed_muon.native.buckets import FlatBucket
 
 # Reduce-scatters under way at a time: one travels while the next is packed. Each holds a copy of its bucket where
 # it is reduced in bf16 or by messages, so that all of them together would be as large as the model.
@@ -235,56 +164,3 @@ class GradientReducer:
         self.closed = False
         self.stale = [False] * len(self._buckets)
         self._versions = self._flat_versions()
-
-
-class ParameterGatherer:
-    """All-gathers updated buckets, now or under the next forward, and notices writes by others.
-
-    Args:
-        buckets, params: as for GradientReducer. timer: waits are added to its "all_gather_wait".
-
-    Attributes:
-        overlap: whether `attach()` was called, so that a step may return with gathers under way.
-    """
-
-    def __init__(self, buckets: Sequence[FlatBucket], params: Sequence[nn.Parameter], timer: StepTimer) -> None:
-        self._buckets, self._params, self._timer = buckets, params, timer
-        self._pending: dict[int, Pending] = {}
-        self._versions = [param._version for param in params]
-        self.overlap = False
-
-    def start(self, index: int) -> None:
-        """Start the all-gather of one bucket; collective over the DP group."""
-        self._pending[index] = self._buckets[index].all_gather()
-
-    def wait(self, indices: Iterable[int] | None = None) -> None:
-        """Wait for the buckets' all-gathers that are under way, all of them if None."""
-        with self._timer("all_gather_wait"):
-            for index in list(self._pending) if indices is None else indices:
-                if index in self._pending:
-                    self._pending.pop(index).wait()
-
-    def attach(self, model: nn.Module) -> None:
-        """Let every module of `model` wait for its own parameters before its forward.
-
-        Parameters of a container without a forward of its own belong to the module around it.
-        """
-        bucket_of = {id(self._params[t]): i for i, b in enumerate(self._buckets) for t in b.spec.tensors}
-
-        def walk(module: nn.Module, user: nn.Module) -> None:
-            user = user if type(module).forward is nn.Module.forward else module
-            needs = sorted({bucket_of[id(p)] for p in module.parameters(recurse=False) if id(p) in bucket_of})
-            if needs:
-                user.register_forward_pre_hook(lambda *_: self.wait(needs))
-            for child in module.children():
-                walk(child, user)
-
-        walk(model, model)
-        self.overlap = True
-
-    def adopt_outside_writes(self) -> None:
-        """Let masters follow parameters written by others since the last step, such as a loaded model."""
-        for bucket in self._buckets:
-            if any(self._params[t]._version != self._versions[t] for t in bucket.spec.tensors):
-                bucket.merge_outside_writes()
-        self._versions = [param._version for param in self._params]

@@ -1,0 +1,289 @@
+"""A plan bound to memory: every view a step works on, made once for as long as shards and active tensors stay."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_muon.engine.coefficients import Table, coefficient_table
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.exchange import Shipment
+from distributed_muon.engine.state import OwnedParameter, Part
+from distributed_muon.engine.update import lr_ratio
+from distributed_muon.engine.views import Span, Window, merge
+from distributed_muon.engine.workspace import Slot, Workspace
+from distributed_muon.layout.pieces import Piece, Shard
+from distributed_muon.layout.plan import Plan, Wave
+
+# What a window's base is, where it is no part: a wire, or the matrices at their home.
+_WIRE, _MATRICES = -1, -2
+
+
+@dataclass
+class Views:
+    """The same elements in the tensors of an update; gradients are looked up anew when a framework moves them."""
+
+    group: int
+    spans: list[Span]
+    masters: list[Tensor] = field(default_factory=list)
+    moments: dict[str, list[Tensor]] = field(default_factory=dict)
+    grads: list[Tensor] = field(default_factory=list)
+    others: list[Tensor] = field(default_factory=list)  # on a wire or in a matrix
+    steps: list[Tensor] = field(default_factory=list)
+
+    def bind(self, parts: Sequence[Part]) -> None:
+        """Look up masters and moments."""
+        owners = [parts[span.windows[0].base] for span in self.spans]
+        self.masters = [span.view(0, part.master) for span, part in zip(self.spans, owners, strict=True)]
+        for key in owners[0].moments:
+            self.moments[key] = [span.view(0, part.moments[key]) for span, part in zip(self.spans, owners, strict=True)]
+
+    def bind_gradients(self, parts: Sequence[Part]) -> None:
+        """Look up the gradients."""
+        self.grads = [span.view(0, parts[span.windows[0].base].grad) for span in self.spans]
+
+
+@dataclass
+class Stack:
+    """Matrices of one shape and one set of options at their home.
+
+    Args:
+        matrices: their numbers. whole: (matrices, rows, cols), input and output. table, eps: of the iteration.
+        ratio: factor on the learning rate. team: ranks that share the one matrix of a block; empty for whole matrices.
+    """
+
+    matrices: list[int]
+    whole: Tensor
+    table: Table
+    eps: float
+    ratio: float
+    team: tuple[int, ...] = ()
+
+
+@dataclass
+class BoundWave:
+    """One wave: what to pack, where it arrives, what to orthogonalize, and what to update.
+
+    Args:
+        packed: per parameter group, pieces of the momentum and their places (`others`) on the wire or at home.
+        copies: (targets, sources) of pieces with several homes, packed once and copied.
+        unpacked: (matrix views, wire views) at the home. returned: (wire views, matrix views) of the results.
+        updates: (ratio, views) of masters and their results (`others`).
+    """
+
+    packed: list[Views]
+    copies: tuple[list[Tensor], list[Tensor]]
+    to_homes: Shipment
+    unpacked: tuple[list[Tensor], list[Tensor]]
+    stacks: list[Stack]
+    returned: tuple[list[Tensor], list[Tensor]]
+    from_homes: Shipment
+    updates: list[tuple[float, Views]]
+
+    @property
+    def views(self) -> list[Views]:
+        """All views of shards."""
+        return [*self.packed, *(views for _, views in self.updates)]
+
+
+class Binding:
+    """All views of a step in which the tensors `active` take part.
+
+    Args:
+        plan, schedule: of the domain, and this rank's part in it. parts, owned: this rank's memory.
+        param_groups: of the optimizer. active: per tensor. workspace: of the waves.
+        collectives: of the domain.
+
+    Attributes:
+        flat: per Muon group, runs of whole shards, which momentum and decay act on.
+        adamw: likewise for AdamW groups; `steps` holds one counter per run, advanced with it.
+        adamw_steps: the counters of every active AdamW parameter.
+        waves: in the plan's order.
+        shard_gradients: of all shards, without padding.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        schedule: Sequence[Wave],
+        parts: Sequence[Part],
+        owned: Sequence[OwnedParameter],
+        param_groups: Sequence[Mapping[str, Any]],
+        active: Sequence[bool],
+        workspace: Workspace,
+        collectives: Collectives,
+    ) -> None:
+        self._plan, self._parts, self._owned = plan, parts, owned
+        self._groups, self._active, self._collectives = param_groups, active, collectives
+        self._places = [
+            (number, offset) for number, part in enumerate(parts) for offset in part.offsets
+        ]  # by shard of this rank
+        self._tensor_of = plan.layout.tensor_of_matrix
+        self._runs()
+        self.waves = [self._wave(wave, workspace.slot(number)) for number, wave in enumerate(schedule)]
+        self._shards = merge(
+            Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
+            for number, part in enumerate(parts)
+            for shard, offset in zip(part.shards, part.offsets, strict=True)
+        )
+        self._gradients: list[int] = []
+        for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.views)):
+            views.bind(parts)
+
+    def look_up_gradients(self) -> None:
+        """Follow gradients that a framework put elsewhere since the last step."""
+        now = [part.grad.data_ptr() for part in self._parts]
+        if now != self._gradients:
+            self._gradients = now
+            for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.packed)):
+                views.bind_gradients(self._parts)
+            self.shard_gradients = [s.view(0, self._parts[s.windows[0].base].grad) for s in self._shards]
+
+    def _runs(self) -> None:
+        """Neighbouring active shards of one group as one run, the padding between them included."""
+        runs: dict[tuple[int, float | None], list[Span]] = defaultdict(list)
+        for number, part in enumerate(self._parts):
+            before = None
+            for shard, offset in zip(part.shards, part.offsets, strict=True):
+                if not self._active[shard.tensor]:
+                    before = None
+                    continue
+                key, stop = self._run_key(shard), offset + shard.stop - shard.start
+                if key == before:
+                    begin = runs[key][-1].windows[0].offset
+                    runs[key][-1] = Span(1, stop - begin, (Window(number, begin, 0),))
+                else:
+                    runs[key].append(Span(1, stop - offset, (Window(number, offset, 0),)))
+                before = key
+        self.flat, self.adamw = [], []
+        for (group, step), spans in runs.items():
+            views = Views(group, spans)
+            (self.flat if step is None else self.adamw).append(views)
+            views.steps = [torch.tensor(step) for _ in spans] if step is not None else []
+        counted = (p for p in self._owned if self._active[p.tensor] and "step" in p.state)
+        self.adamw_steps = [p.state["step"] for p in counted]
+
+    def _run_key(self, shard: Shard) -> tuple[int, float | None]:
+        """What neighbours must share: the group, and how often AdamW has stepped."""
+        record = self._owned[shard.tensor]
+        return record.group, record.state["step"].item() if "step" in record.state else None
+
+    def _wave(self, wave: Wave, slot: Slot) -> BoundWave:
+        stacks, homes = self._stacks(wave, slot)
+        packed, copies = self._packed(wave, slot, homes)
+        return BoundWave(
+            packed,
+            copies,
+            Shipment(wave.gather, self._collectives, slot.held, slot.home, "to_homes"),
+            self._moved(wave.gather.recv, slot, homes),
+            stacks,
+            self._moved(wave.scatter.send, slot, homes)[::-1],
+            Shipment(wave.scatter, self._collectives, slot.home, slot.held, "from_homes"),
+            self._updates(wave, slot, homes),
+        )
+
+    def _stacks(self, wave: Wave, slot: Slot) -> tuple[list[Stack], dict[int, int]]:
+        """Active matrices at their home, and the element of `slot.matrices` at which each begins."""
+        layout = self._plan.layout
+        order = {piece.matrix: self._source(piece) for piece in reversed(wave.held)}
+        alike: dict[Any, list[int]] = defaultdict(list)
+        for matrix in (matrix for stack in (*wave.stacks, wave.blocks) for matrix in stack):
+            if self._active[self._tensor_of[matrix]]:
+                group = self._groups[self._owned[self._tensor_of[matrix]].group]
+                table = coefficient_table(group["ns_coefficients"], group["ns_steps"])
+                ratio = lr_ratio(*layout.matrices[matrix].logical_shape, group["adjust_lr_fn"])
+                team = self._plan.teams.get(matrix, ())
+                alike[layout.matrices[matrix].shape, table, group["eps"], ratio, team, matrix if team else None].append(
+                    matrix
+                )
+        stacks, homes, at = [], {}, 0
+        for (shape, *options, team, _), matrices in alike.items():
+            # In the order in which their own elements lie here, so that neighbours are copied in one run.
+            matrices.sort(key=lambda matrix: order.get(matrix, (len(self._parts), matrix)))
+            numel = shape[0] * shape[1]
+            for matrix in matrices:
+                homes[matrix] = at
+                at += numel
+            whole = slot.matrices.narrow(0, at - numel * len(matrices), numel * len(matrices))
+            stacks.append(Stack(matrices, whole.view(len(matrices), *shape), *options, team))
+        return stacks, homes
+
+    def _packed(
+        self, wave: Wave, slot: Slot, homes: Mapping[int, int]
+    ) -> tuple[list[Views], tuple[list[Tensor], list[Tensor]]]:
+        targets: dict[Piece, list[Window]] = defaultdict(list)
+        for piece in wave.held:
+            if piece.replica == 0 and piece.matrix in homes:
+                targets[piece].append(self._at_home(piece, homes))
+        for piece, window in _on_wire(wave.gather.send):
+            targets[piece].append(window)
+        by_group: dict[int, list[Span]] = defaultdict(list)
+        again = []
+        for piece, (first, *others) in targets.items():
+            if self._active[self._tensor_of[piece.matrix]]:
+                spans = by_group[self._owned[self._tensor_of[piece.matrix]].group]
+                spans.append(Span(piece.rows, piece.cols, (Window(*self._source(piece), piece.stride), first)))
+                again += [Span(piece.rows, piece.cols, (other, first)) for other in others]
+        packed = [self._with_others(group, spans, slot.held, slot) for group, spans in by_group.items()]
+        return packed, _pair(merge(again), slot.held, slot)
+
+    def _moved(
+        self, pieces: Sequence[Piece], slot: Slot, homes: Mapping[int, int]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """(matrix views, wire views) of pieces on the homes' wire."""
+        spans = [
+            Span(piece.rows, piece.cols, (self._at_home(piece, homes), window))
+            for piece, window in _on_wire(pieces)
+            if piece.matrix in homes
+        ]
+        return _pair(merge(spans), slot.home, slot)
+
+    def _updates(self, wave: Wave, slot: Slot, homes: Mapping[int, int]) -> list[tuple[float, Views]]:
+        arrived = dict(_on_wire(wave.scatter.recv))
+        by_rule: dict[tuple[int, float], list[Span]] = defaultdict(list)
+        for piece in wave.held:
+            tensor = self._tensor_of[piece.matrix]
+            if self._active[tensor]:
+                group = self._owned[tensor].group
+                shape = self._plan.layout.matrices[piece.matrix].logical_shape
+                ratio = lr_ratio(*shape, self._groups[group]["adjust_lr_fn"])
+                result = self._at_home(piece, homes) if piece.matrix in homes else arrived[piece]
+                window = Window(*self._source(piece), piece.stride)
+                by_rule[group, ratio].append(Span(piece.rows, piece.cols, (window, result)))
+        return [(ratio, self._with_others(group, spans, slot.held, slot)) for (group, ratio), spans in by_rule.items()]
+
+    def _with_others(self, group: int, spans: list[Span], wire: Tensor, slot: Slot) -> Views:
+        views = Views(group, merge(spans))
+        views.others = [span.view(1, _base(span.windows[1], wire, slot)) for span in views.spans]
+        return views
+
+    def _source(self, piece: Piece) -> tuple[int, int]:
+        """The part that holds a piece, and its first element there."""
+        part, offset = self._places[piece.shard]
+        return part, offset + piece.offset
+
+    def _at_home(self, piece: Piece, homes: Mapping[int, int]) -> Window:
+        return Window(_MATRICES, homes[piece.matrix] + piece.at, piece.pitch)
+
+
+def _on_wire(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Window]]:
+    """Every piece with its place on a wire that packs them one after the other."""
+    at = 0
+    for piece in pieces:
+        yield piece, Window(_WIRE, at, piece.cols)
+        at += piece.numel
+
+
+def _base(window: Window, wire: Tensor, slot: Slot) -> Tensor:
+    return wire if window.base == _WIRE else slot.matrices
+
+
+def _pair(spans: Sequence[Span], wire: Tensor, slot: Slot) -> tuple[list[Tensor], list[Tensor]]:
+    """Views of both windows of every span."""
+    pairs = [[span.view(i, _base(span.windows[i], wire, slot)) for span in spans] for i in (0, 1)]
+    return pairs[0], pairs[1]

@@ -1,0 +1,288 @@
+"""The sharded step: Muon on matrices, AdamW on the rest, for every integration.
+
+Algorithm 1 of the Moonlight report (arXiv 2502.16982, section 2.3), with one home per matrix. Each rank owns slices
+g, m, p of the gradients, momenta and masters; G is a rank's whole gradient, G' and U are whole matrices:
+
+    g  = reduce_scatter(G, dp)                the adapter, before `step`
+    g' = momentum(g, m, mu)                   `step`, on whole flat shards
+    G' = gather(g', dp)                       `_wave`, up to its first yield: slices travel to the matrix's home
+    U  = newton_schulz(G')                    `_wave`, up to its second yield: at the home
+    p  = p*(1 - lr*wd) - lr*scale*U[slice]    `step` decays whole flat shards, `_wave` adds what came back
+    P  = all_gather(p, dp)                    the adapter, after `step` or after a wave
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_muon.engine.agreement import Agreement, check_same_everywhere
+from distributed_muon.engine.binding import Binding, BoundWave, Stack
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.measure import Measures
+from distributed_muon.engine.newton_schulz import orthogonalize
+from distributed_muon.engine.options import Options, describe_group
+from distributed_muon.engine.state import Member, OwnedParameter, Part, own_parameters
+from distributed_muon.engine.team import orthogonalize_block
+from distributed_muon.engine.timing import StepTimer, Times
+from distributed_muon.engine.update import adamw_update
+from distributed_muon.engine.workspace import Workspace
+from distributed_muon.layout.cost_model import NewtonSchulz, hardware_of
+from distributed_muon.layout.pieces import Layout, Shard
+from distributed_muon.layout.plan import Plan, Wave, make_plan
+
+# Bindings kept: a model whose unused experts change from step to step comes back to few sets of active tensors.
+_MOST_BINDINGS = 4
+
+
+class ShardedStep:
+    """One rank's part of a step over one rank domain.
+
+    An adapter says which tensors there are (here) and who holds which elements (`attach`), points every part at this
+    rank's mean gradient, calls `step`, and takes the updated masters from the parts.
+
+    Args:
+        members: the domain's parameters in forward order, alike on all its ranks.
+        param_groups: complete groups (`Options.complete`); read in every step.
+        options: of the whole optimizer. collectives: over the domain. device: of all tensors.
+        also: further lines that must be equal on all ranks.
+
+    Attributes:
+        parameters: one record per member, after `attach`. parts: this rank's memory. plan: homes and waves.
+        timer: of phases and collectives. measures: what is measured per matrix.
+        ns_calls: matrices this rank orthogonalized since the last `close`.
+        times, counted: what `close` took.
+
+    Raises:
+        RuntimeError: ranks disagree about names, shapes, dtypes or options. Construction is collective.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        param_groups: Sequence[Mapping[str, Any]],
+        options: Options,
+        collectives: Collectives,
+        device: torch.device,
+        also: Sequence[str] = (),
+    ) -> None:
+        self.members, self.param_groups, self.options = members, param_groups, options
+        self.collectives, self.device = collectives, device
+        self.timer = collectives.timer = StepTimer(device)
+        lines = [f"options {options}", *(f"group {i} {describe_group(g)}" for i, g in enumerate(param_groups))]
+        lines += [f"parameter {m.spec}, {m.param.dtype}, group {m.group}" for m in members]
+        check_same_everywhere(collectives, [*lines, *also])
+        collectives.warm_up(device)
+        self.ns_calls, self.measures = 0, Measures()
+        self.times: Times | None = None
+        self.counted: dict[str, Any] = {}
+
+    def attach(
+        self,
+        shards: Sequence[Sequence[Shard]],
+        parts: Sequence[Part],
+        tp_ranks: Sequence[int] | None = None,
+        busy: Sequence[int] = (),
+    ) -> None:
+        """Plan over the domain and allocate moments; no collective but for the groups of teams.
+
+        Args:
+            shards: per domain rank, what it holds; this rank's are those of `parts`, in their order.
+            parts: this rank's memory. tp_ranks: per domain rank, its tensor-parallel rank; None without.
+            busy: FLOPs that plans of other domains gave to each rank, to be balanced against.
+        """
+        options, self.parts = self.options, list(parts)
+        muon = [group["ns_steps"] for group in self.param_groups if group["algorithm"] == "muon"]
+        self.plan: Plan = make_plan(
+            Layout.build([member.spec for member in self.members], shards, tp_ranks),
+            options.strategy,
+            NewtonSchulz(max(muon, default=5), options.ns_form, options.ns_dtype.itemsize),
+            # Sharing a matrix changes the order of sums, which "standard" promises not to.
+            teams=options.ns_form == "auto",
+            hardware=hardware_of(self.device.type),
+            busy=busy,
+        )
+        algorithms = [self.param_groups[member.group]["algorithm"] for member in self.members]
+        self.parameters: list[OwnedParameter] = own_parameters(self.members, algorithms, parts, self.device)
+        self._schedule = self.plan.schedule(self.collectives.rank)
+        sizes = [_slot_sizes(self.plan, wave) for wave in self._schedule]
+        self._workspace = Workspace(sizes, options.ns_dtype, self.device)
+        teams = dict.fromkeys(self.plan.teams[block] for wave in self._schedule for block in wave.blocks)
+        self.teams = {ranks: self.collectives.subgroup(ranks, "team") for ranks in teams}
+        self.rebind()
+
+    # ---- one step --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, active: Sequence[bool] | None = None, after_wave: Callable[[int], None] = lambda wave: None) -> None:
+        """One step of every active tensor from the parts' gradients, which are not written; collective.
+
+        Args:
+            active: per tensor, whether it has a gradient on any rank, alike on all ranks; the others keep their
+                state. None: all.
+            after_wave: called with the number of each wave whose masters are up to date, and before them with -1
+                once AdamW's are.
+        """
+        bound = self._bind(tuple(active) if active is not None else (True,) * len(self.members))
+        self._adamw(bound)
+        after_wave(-1)
+        self.measures.clear()
+        with self._workspace:
+            with self.timer("momentum"):
+                for run in bound.flat:
+                    group = self.param_groups[run.group]
+                    torch._foreach_lerp_(run.moments["momentum_buffer"], run.grads, 1 - group["momentum"])
+                    torch._foreach_mul_(run.masters, 1 - float(group["lr"]) * group["weight_decay"])
+            flights: deque[tuple[int, Iterator[None]]] = deque()
+            for number, wave in enumerate([*bound.waves, None, None]):
+                if wave is not None:  # send this wave's slices,
+                    flights.append((number, self._wave(wave)))
+                    next(flights[-1][1])
+                if 1 <= number <= len(bound.waves):  # meanwhile orthogonalize the wave before,
+                    next(flights[number - flights[0][0] - 1][1])
+                if number >= 2:  # and finish the one whose results have travelled under that
+                    done, flight = flights.popleft()
+                    next(flight, None)
+                    after_wave(done)
+
+    def _wave(self, wave: BoundWave) -> Iterator[None]:
+        with self.timer("momentum"):
+            for views in wave.packed:
+                group, momenta = self.param_groups[views.group], views.moments["momentum_buffer"]
+                nesterov = torch._foreach_lerp(views.grads, momenta, group["momentum"]) if group["nesterov"] else None
+                torch._foreach_copy_(views.others, nesterov or momenta)
+            _copy(*wave.copies)
+        wave.to_homes.start()
+        yield
+        with self.timer("gather_wait"):
+            wave.to_homes.wait()
+        with self.timer("newton_schulz"):
+            _copy(*wave.unpacked)
+            for stack in wave.stacks:
+                self._orthogonalize(stack)
+        with self.timer("scatter_pack"):
+            _copy(*wave.returned)
+        wave.from_homes.start()
+        yield
+        with self.timer("scatter_wait"):
+            wave.from_homes.wait()
+        with self.timer("update"):
+            for ratio, views in wave.updates:
+                step = float(self.param_groups[views.group]["lr"]) * ratio
+                torch._foreach_add_(views.masters, views.others, alpha=-step)
+
+    def _orthogonalize(self, stack: Stack) -> None:
+        """Newton-Schulz of (matrices, rows, cols), or of this rank's block of one matrix, in place."""
+        options = {"coefficients": stack.table, "dtype": self.options.ns_dtype, "eps": stack.eps}
+        shape = self.plan.layout.matrices[stack.matrices[0]].logical_shape
+        if stack.team:
+            team, (block,) = self.teams[stack.team], stack.whole
+            block.copy_(orthogonalize_block(block, shape[0] > shape[1], team, **options))
+            self.ns_calls += team.rank == 0
+        else:
+            orthogonalize(stack.whole, **options, steps=len(stack.table), form=self.options.ns_form, out=stack.whole)
+            self.ns_calls += len(stack.matrices)
+        self.measures.take(stack.matrices, stack.whole, shape, stack.ratio)
+
+    def _adamw(self, bound: Binding) -> None:
+        with self.timer("adamw"):
+            for run in bound.adamw:
+                group = self.param_groups[run.group]
+                adamw_update(
+                    run.masters,
+                    run.grads,
+                    run.moments["exp_avg"],
+                    run.moments["exp_avg_sq"],
+                    run.steps,
+                    lr=float(group["lr"]),
+                    betas=tuple(group["betas"]),
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                )
+            if bound.adamw_steps:  # of every rank, whether it owns any of the parameter or not
+                torch._foreach_add_(bound.adamw_steps, 1)
+
+    # ---- binding ---------------------------------------------------------------------------------------
+
+    def rebind(self) -> None:
+        """Make all views anew: shards, moments, step counters or options that shape the iteration have changed."""
+        self._bindings: dict[Any, Binding] = {}
+
+    def _bind(self, active: tuple[bool, ...]) -> Binding:
+        shaping = tuple(
+            tuple(map(repr, (g["ns_coefficients"], g["ns_steps"], g["eps"], g["adjust_lr_fn"])))
+            for g in self.param_groups
+            if g["algorithm"] == "muon"
+        )
+        key = (active, shaping)
+        if key not in self._bindings:
+            if len(self._bindings) == _MOST_BINDINGS:
+                self._bindings.pop(next(iter(self._bindings)))
+            place = (self.parts, self.parameters, self.param_groups)
+            with self._workspace:
+                self._bindings[key] = Binding(
+                    self.plan, self._schedule, *place, active, self._workspace, self.collectives
+                )
+        bound = self._bindings[key]
+        bound.look_up_gradients()
+        return bound
+
+    # ---- agreement and report --------------------------------------------------------------------------
+
+    def agree(self, has_gradient: Sequence[bool], flags: Sequence[bool] = ()) -> Agreement:
+        """One view of this step's gradients on all ranks; one all-reduce over the domain.
+
+        Args:
+            has_gradient: per tensor, on this rank. flags: anything that must lead to one decision.
+        """
+        with self.timer("agreement"):
+            whole = self._bind((True,) * len(self.members)).shard_gradients
+            return Agreement.reach(self.collectives, whole, has_gradient, flags, self.device)
+
+    def nonfinite(self) -> list[str]:
+        """Names of the parameters whose gradient has an inf or nan on any rank; collective over the domain."""
+        bad = self._anywhere([~p.grad.isfinite().all() for p in self.parameters])
+        return [p.name for p, found in zip(self.parameters, bad, strict=True) if found]
+
+    def nonzero(self) -> list[bool]:
+        """Per tensor, whether any rank's slice of its gradient has an element other than 0; one all-reduce.
+
+        For frameworks that turn missing gradients into zeros: what is zero everywhere was frozen or not used, and
+        stepping it would move it on at full size, since Newton-Schulz restores the size of a decaying momentum.
+        """
+        return self._anywhere([p.grad.any() for p in self.parameters])
+
+    def _anywhere(self, flags: Sequence[Tensor]) -> list[bool]:
+        mine = torch.stack(list(flags)).to(self.device, torch.float32)
+        return [count > 0 for count in self.collectives.all_reduce(mine).tolist()]
+
+    def close(self) -> None:
+        """End a step: what was counted and timed since the last call is what `engine.report` tells."""
+        self.times = self.timer.take()
+        self.counted = {"ns_calls": self.ns_calls, "bytes": dict(self.collectives.sent_bytes)}
+        self.ns_calls = 0
+        self.collectives.sent_bytes.clear()
+
+    def measured(self) -> dict[str, dict[str, float]]:
+        """What the last step measured, by matrix name; collective over the domain, not counted."""
+        return self.measures.by_name(self.collectives, self.plan, self.device)
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
+def _slot_sizes(plan: Plan, wave: Wave) -> tuple[int, int, int]:
+    """Elements that a wave needs of each buffer of its slot."""
+    mine = (matrix for stack in (*wave.stacks, wave.blocks) for matrix in stack)
+    gather, scatter = wave.gather, wave.scatter
+    return (
+        sum(plan.layout.matrices[matrix].numel for matrix in mine),
+        max(sum(gather.send_counts), sum(scatter.recv_counts)),
+        max(sum(gather.recv_counts), sum(scatter.send_counts)),
+    )

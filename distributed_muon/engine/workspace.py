@@ -1,0 +1,62 @@
+"""Memory of the waves in flight: three slots that take turns, allocated for the length of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Waves alive at a time: one on its way to its homes, one being orthogonalized, one on its way back.
+IN_FLIGHT = 3
+
+
+class Slot(NamedTuple):
+    """Buffers of one wave, 1-D, in the dtype of Newton-Schulz.
+
+    Args:
+        matrices: whole matrices at their home, stack after stack: the gathered input, then the output.
+        held: the wire at the holders' end: pieces sent to homes, later the results received.
+        home: the wire at the homes' end: pieces received, later the results sent back.
+    """
+
+    matrices: Tensor
+    held: Tensor
+    home: Tensor
+
+
+class Workspace:
+    """Slots for every `IN_FLIGHT` waves, whose views stay valid while their memory comes and goes.
+
+    Memory exists only inside `with workspace:`. Outside, the storages are empty, so that between steps nothing is
+    held; views made once are good in every step.
+
+    Args:
+        sizes: per wave, the elements of each of a Slot's buffers. dtype, device: of all.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> None:
+        self._slots = []
+        for first in range(min(IN_FLIGHT, len(sizes))):
+            turns = sizes[first::IN_FLIGHT]
+            self._slots.append(
+                Slot(*(torch.empty(max(n), dtype=dtype, device=device) for n in zip(*turns, strict=True)))
+            )
+        self._bytes = [[buffer.untyped_storage().nbytes() for buffer in slot] for slot in self._slots]
+        self.__exit__()
+
+    def slot(self, wave: int) -> Slot:
+        """The buffers that a wave uses."""
+        return self._slots[wave % IN_FLIGHT]
+
+    def __enter__(self) -> None:
+        self._resize(self._bytes)
+
+    def __exit__(self, *error: object) -> None:
+        self._resize([[0] * len(slot) for slot in self._slots])
+
+    def _resize(self, sizes: Sequence[Sequence[int]]) -> None:
+        for slot, wanted in zip(self._slots, sizes, strict=True):
+            for buffer, size in zip(slot, wanted, strict=True):
+                buffer.untyped_storage().resize_(size)

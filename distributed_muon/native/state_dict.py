@@ -1,0 +1,89 @@
+"""The state dict of one rank: exact, by parameter name, without a collective or a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from distributed_muon.engine.options import describe_group
+from distributed_muon.engine.state import OwnedParameter
+
+FORMAT = 1
+
+
+def export_state(
+    parameters: Sequence[OwnedParameter], param_groups: Sequence[Mapping[str, Any]], rank: int, world: int
+) -> dict[str, Any]:
+    """This rank's state by parameter name; tensors are references to live state, as in torch.optim."""
+    return {
+        "format": FORMAT,
+        "rank": rank,
+        "world_size": world,
+        "state": {p.name: {"shard": (p.start, p.stop), **p.saved} for p in parameters},
+        "param_groups": export_groups(parameters, param_groups),
+    }
+
+
+def import_state(
+    parameters: Sequence[OwnedParameter],
+    param_groups: Sequence[dict[str, Any]],
+    rank: int,
+    world: int,
+    state_dict: Mapping[str, Any],
+) -> None:
+    """Copy an exported state back, bit by bit.
+
+    Raises:
+        ValueError: the state belongs to another rank, world size or set of parameters; nothing was changed.
+    """
+    for key, mine in (("format", FORMAT), ("world_size", world), ("rank", rank)):
+        if state_dict.get(key) != mine:
+            raise ValueError(
+                f"state_dict has {key} {state_dict.get(key)!r}, this optimizer {mine!r}: use checkpoint.save/load to "
+                "resume on another number of ranks"
+            )
+    check_groups(parameters, param_groups, state_dict["param_groups"])
+    for p in parameters:
+        saved = state_dict["state"][p.name]
+        if saved["shard"] != (p.start, p.stop) or set(saved) != {"shard", *p.saved}:
+            raise ValueError(
+                f"state_dict holds elements {saved['shard']} of parameter {p.name!r}, this rank {(p.start, p.stop)}: "
+                "use the same layout and bucket_mb, or checkpoint.save/load"
+            )
+    for p in parameters:
+        for key, value in p.saved.items():
+            value.copy_(state_dict["state"][p.name][key])
+    import_groups(param_groups, state_dict["param_groups"])
+
+
+def export_groups(
+    parameters: Sequence[OwnedParameter], param_groups: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """The options of every group, with parameter names in place of tensors."""
+    return [
+        {
+            **{k: v for k, v in describe_group(group).items() if k != "matrices"},
+            "params": _names(parameters, index),
+        }
+        for index, group in enumerate(param_groups)
+    ]
+
+
+def check_groups(
+    parameters: Sequence[OwnedParameter],
+    param_groups: Sequence[Mapping[str, Any]],
+    saved_groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raise a ValueError unless the saved groups hold the same parameters."""
+    if [group["params"] for group in saved_groups] != [_names(parameters, i) for i in range(len(param_groups))]:
+        raise ValueError("the saved state has other parameter names or groups: build the same parameter groups first")
+
+
+def import_groups(param_groups: Sequence[dict[str, Any]], saved_groups: Sequence[Mapping[str, Any]]) -> None:
+    """Restore the options of every group, such as a scheduled learning rate."""
+    for group, saved in zip(param_groups, saved_groups, strict=True):
+        group.update({key: value for key, value in saved.items() if key != "params"})
+
+
+def _names(parameters: Sequence[OwnedParameter], group: int) -> list[str]:
+    return [p.name for p in parameters if p.group == group]
