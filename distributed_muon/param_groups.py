@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from distributed_muon.engine.update import lr_ratio
-from distributed_muon.layout.matrices import Conv, Experts, Matrix, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import Conv, Experts, Matrix, MatrixRule, Split, TensorSpec, Whole
 
-Override = str | Whole  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
+Override = str | MatrixRule  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
 
 # A head is a Linear by type, so only its place tells: by these names, outside the numbered layers ("output"
 # and "head" mean other things inside them), or anywhere for the names no hidden layer has.
@@ -41,7 +41,7 @@ class Decision(NamedTuple):
     """Where a parameter goes; `algorithm` is "muon", "adamw", "frozen" or, to be overridden, "undecided"."""
 
     algorithm: str
-    rule: Whole | None
+    rule: MatrixRule | None
     reason: str
 
 
@@ -110,7 +110,7 @@ def muon_param_groups(
             nothing or does not fit; a fused parameter whose parts cannot be told.
     """
     order: dict[str, int] = {}
-    muon_groups: dict[Whole, dict[str, Any]] = {}
+    muon_groups: dict[MatrixRule, dict[str, Any]] = {}
     adamw_groups: dict[bool, dict[str, Any]] = {}
     for position, (name, param, decision) in enumerate(_decide(model, overrides or {})):
         if decision.algorithm == "undecided":
@@ -160,7 +160,7 @@ def audit(
 
 
 def audit_row(
-    name: str, shape: tuple[int, ...], algorithm: str, rule: Whole | None, reason: str, *, adjust_lr_fn: str
+    name: str, shape: tuple[int, ...], algorithm: str, rule: MatrixRule | None, reason: str, *, adjust_lr_fn: str
 ) -> AuditRow:
     """The audit row of one parameter of `shape` under `rule` (None unless algorithm is "muon")."""
     matrices = tuple(TensorSpec(name, shape, rule).matrices())
@@ -326,7 +326,7 @@ def _undecided(reason: str) -> Decision:
 
 def _asked(name: str, param: Tensor, value: Override, before: Decision | None, reason: str) -> Decision:
     """The decision someone asked for in words or as a rule."""
-    if isinstance(value, Whole):
+    if isinstance(value, MatrixRule):
         return Decision("muon", value, reason)
     if value == "adamw":
         return Decision("adamw", None, reason)

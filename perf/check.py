@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from distributed_muon.planning.simulate import Domain
+from distributed_muon.planning.simulate import DomainPlan
 from launch.world import World
 from perf import comm
 from perf.cluster import fitted_machine
@@ -79,7 +79,7 @@ def measured_training(measured: Mapping[str, Any], name: str) -> MeasuredTrainin
     states = [value for p in optimizer.sharded_parameters for value in (p.master, *p.state.values())]
     state_bytes = sum(value.nbytes for value in states)
     ring_bytes = sent["reduce_scatter"] + sent["all_gather"]
-    domain = Domain("all", optimizer.plan, 1, state_bytes, state_bytes, ring_bytes)
+    domain = DomainPlan("all", optimizer.plan, 1, state_bytes, state_bytes, ring_bytes)
     seconds = contender["computation"]["forward_backward_seconds"]
     return MeasuredTraining(world, domain, contender["collectives"]["reduce_scatter"]["calls"], seconds)
 

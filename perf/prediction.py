@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from distributed_muon.layout.plan import Plan
-from distributed_muon.planning.simulate import Domain
+from distributed_muon.planning.simulate import DomainPlan
 from perf.cluster import Machine
 from perf.links import Link
 from perf.workload import Setup, Workload, data_parallel
@@ -137,7 +137,7 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
     )  # fmt: skip
 
 
-def _rule_numel(domain: Domain) -> int:
+def _rule_numel(domain: DomainPlan) -> int:
     return sum(tensor.numel for tensor in domain.plan.layout.tensors if tensor.rule is not None)
 
 
@@ -159,7 +159,7 @@ class _Place:
         return calls * self.ring_latency + sent_bytes / self.ring_rate
 
 
-def _place(domain: Domain, training: Workload, machine: Machine) -> _Place:
+def _place(domain: DomainPlan, training: Workload, machine: Machine) -> _Place:
     hardware, world = machine.hardware, domain.plan.layout.world
     stride = domain.ranks_per_slice
     in_node = max(1, min(world, hardware.node_ranks // stride))

@@ -18,7 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.planning.model_shapes import NAMED_MODELS
 from launch.environment import describe_machine
 from perf import prediction
@@ -89,9 +89,9 @@ CHANGES: dict[str, Change] = {
     "four times the latencies": _latency(4),
     "half the Newton-Schulz rate": _matmul(0.5),
     "gather instead of home": _setup(strategy="gather"),
-    "standard form only": _setup(newton_schulz=NewtonSchulz(form="standard")),
-    "10 Newton-Schulz steps": _setup(newton_schulz=NewtonSchulz(steps=10)),
-    "fp32 wire and Newton-Schulz (TF32)": _chain(_setup(newton_schulz=NewtonSchulz(element_bytes=4)), _matmul(0.5)),
+    "standard form only": _setup(newton_schulz=NewtonSchulzCost(form="standard")),
+    "10 Newton-Schulz steps": _setup(newton_schulz=NewtonSchulzCost(steps=10)),
+    "fp32 wire and Newton-Schulz (TF32)": _chain(_setup(newton_schulz=NewtonSchulzCost(element_bytes=4)), _matmul(0.5)),
     "buckets of 25 MiB": _setup(bucket_mb=25.0),
     "one flat buffer (nothing to overlap)": _setup(layout="flat"),
     "no overlap of reduce-scatter and all-gather": _setup(overlap=False),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.cutting import bucket_elements
 from distributed_muon.planning.model_shapes import NAMED_MODELS, model_shapes
-from distributed_muon.planning.simulate import Domain, Job, simulate
+from distributed_muon.planning.simulate import DomainPlan, Job, simulate
 from perf.cluster import Machine
 
 # Experts per token, which the shapes do not tell.
@@ -28,7 +28,7 @@ class Setup:
     strategy: str = "home"
     layout: str = "bucketed"
     bucket_mb: float | None = None
-    newton_schulz: NewtonSchulz = field(default_factory=NewtonSchulz)
+    newton_schulz: NewtonSchulzCost = field(default_factory=NewtonSchulzCost)
     overlap: bool = True
 
 
@@ -40,7 +40,7 @@ class Stage:
         domains: its rank domains. buckets: of each. ns_max_over_ideal: Newton-Schulz of its busiest rank.
     """
 
-    domains: tuple[Domain, ...]
+    domains: tuple[DomainPlan, ...]
     buckets: tuple[int, ...]
     ns_max_over_ideal: float
 
@@ -80,7 +80,7 @@ class MeasuredTraining:
     """
 
     ranks: int
-    domain: Domain
+    domain: DomainPlan
     buckets: int
     forward_backward: float
     tp: int = 1
@@ -166,6 +166,6 @@ class Training:
         return max(1.0, self.global_tokens / self.sequence / self.dp)
 
 
-def data_parallel(domain: Domain, dp: int) -> int:
+def data_parallel(domain: DomainPlan, dp: int) -> int:
     """Ranks that cut a bucket of the domain, in a stage of `dp` data-parallel ranks."""
     return domain.plan.layout.world if domain.name == "experts" else dp

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from distributed_muon.layout.matrices import QKV, Experts, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import QKV, Experts, MatrixRule, Split, TensorSpec
 
 
-def tp_slice(whole: Tensor, rule: Whole | None, dim: int | None, stride: int, tp: int, tp_rank: int) -> Tensor:
+def tp_slice(whole: Tensor, rule: MatrixRule | None, dim: int | None, stride: int, tp: int, tp_rank: int) -> Tensor:
     """The part of `whole` on one TP rank: `stride` interleaved parts of dimension `dim` (of one expert)."""
     if dim is None:
         return whole.clone()
@@ -16,7 +16,7 @@ def tp_slice(whole: Tensor, rule: Whole | None, dim: int | None, stride: int, tp
     return torch.cat(whole.chunk(tp * stride, dim)[tp_rank::tp], dim).contiguous()
 
 
-def matrices_of(whole: Tensor, rule: Whole) -> list[Tensor]:
+def matrices_of(whole: Tensor, rule: MatrixRule) -> list[Tensor]:
     """The matrices of an unsharded tensor, in the order the package counts them."""
     if isinstance(rule, Experts):
         return [part for expert in whole for part in matrices_of(expert, rule.inner)]
@@ -34,7 +34,9 @@ def matrices_of(whole: Tensor, rule: Whole) -> list[Tensor]:
     return [whole.flatten(1)]
 
 
-def spec_of(name: str, shape: tuple[int, ...], rule: Whole | None, dim: int | None, stride: int, tp: int) -> TensorSpec:
+def spec_of(
+    name: str, shape: tuple[int, ...], rule: MatrixRule | None, dim: int | None, stride: int, tp: int
+) -> TensorSpec:
     """The planner's view of a tensor of global `shape`, cut over `tp` ranks along `dim`."""
     local = tuple(tp_slice(torch.empty(shape), rule, dim, stride, tp, 0).shape)
     return TensorSpec(name, local, rule, tp_dim=dim, tp_size=tp if dim is not None else 1, tp_stride=stride)

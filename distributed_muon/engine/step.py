@@ -31,7 +31,7 @@ from distributed_muon.engine.team import orthogonalize_block
 from distributed_muon.engine.timing import StepTimer, Times
 from distributed_muon.engine.update import adamw_update
 from distributed_muon.engine.workspace import Workspace
-from distributed_muon.layout.cost_model import NewtonSchulz, hardware_of
+from distributed_muon.layout.cost_model import NewtonSchulzCost, hardware_of
 from distributed_muon.layout.pieces import Layout, Shard
 from distributed_muon.layout.plan import Plan, Wave, make_plan
 
@@ -100,7 +100,7 @@ class ShardedStep:
         self.plan: Plan = make_plan(
             Layout.build([member.spec for member in self.members], shards, tp_ranks),
             options.strategy,
-            NewtonSchulz(max(muon, default=5), options.ns_form, options.ns_dtype.itemsize),
+            NewtonSchulzCost(max(muon, default=5), options.ns_form, options.ns_dtype.itemsize),
             # Sharing a matrix changes the order of sums, which "standard" promises not to.
             teams=options.ns_form == "auto",
             hardware=hardware_of(self.device.type),

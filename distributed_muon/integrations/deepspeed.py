@@ -40,10 +40,10 @@ from distributed_muon.integrations.deepspeed_partition import (
     refuse_fp16_autocast,
     refuse_parameters,
 )
-from distributed_muon.layout.cost_model import hardware_of
+from distributed_muon.layout.cost_model import NewtonSchulzCost, hardware_of
 from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Layout
-from distributed_muon.layout.plan import NewtonSchulz, Plan, make_plan
+from distributed_muon.layout.plan import Plan, make_plan
 from distributed_muon.param_groups import muon_param_groups
 
 CONFIG_BLOCK = "distributed_muon"
@@ -203,7 +203,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         out = {}
         for index, (group, part) in enumerate(zip(self._groups, partitions, strict=True)):
             if group["algorithm"] == "muon":
-                newton_schulz = NewtonSchulz(group["ns_steps"], ns_form, ns_dtype.itemsize)
+                newton_schulz = NewtonSchulzCost(group["ns_steps"], ns_form, ns_dtype.itemsize)
                 planning = {"teams": ns_form == "auto", "hardware": hardware_of(device.type)}
                 plan = make_plan(Layout.build(part.specs, part.shards), strategy, newton_schulz, **planning)
                 options = {"device": device, "ns_dtype": ns_dtype, "ns_form": ns_form, "timer": self._timer}

@@ -17,8 +17,8 @@ from distributed_muon.engine.timing import StepTimer
 from distributed_muon.engine.update import adamw_update
 from distributed_muon.integrations.megatron_layout import Domain, read_buffers
 from distributed_muon.integrations.megatron_params import MarkedParameter
-from distributed_muon.layout.cost_model import hardware_of
-from distributed_muon.layout.plan import NewtonSchulz, make_plan
+from distributed_muon.layout.cost_model import NewtonSchulzCost, hardware_of
+from distributed_muon.layout.plan import make_plan
 
 MOMENTS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
@@ -107,7 +107,7 @@ class DomainStep:
         self.plan = make_plan(
             layout,
             strategy,
-            NewtonSchulz(steps, ns_form, ns_dtype.itemsize),
+            NewtonSchulzCost(steps, ns_form, ns_dtype.itemsize),
             teams=ns_form == "auto",
             hardware=hardware_of(self.device.type),
             busy=[busy.get(rank, 0) for rank in ranks],

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from distributed_muon.layout.matrices import QKV, Experts, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import QKV, Experts, MatrixRule, Split, TensorSpec, Whole
 
-Override = str | Whole  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
+Override = str | MatrixRule  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
 
 
 class TensorParallel(NamedTuple):
@@ -58,7 +58,7 @@ class Declared(NamedTuple):
         transposed: stored (in, out).
     """
 
-    rule: Whole | Callable[[int], Whole]
+    rule: MatrixRule | Callable[[int], MatrixRule]
     tp_dim: int | None = None
     stride: int = 1
     view: tuple[int, ...] | None = None
@@ -156,7 +156,7 @@ def _read(
 
 def _decide(
     name: str, param: Tensor, module: nn.Module, declared: Declared | None, overrides: Mapping[str, Override]
-) -> tuple[Whole | Callable[[int], Whole] | None, Declared, str]:
+) -> tuple[MatrixRule | Callable[[int], MatrixRule] | None, Declared, str]:
     """Rule (None: AdamW), declaration to read the cut by, and reason."""
     plain = declared or Declared(Whole())
     asked = [(pattern, value) for pattern, value in overrides.items() if fnmatchcase(name, pattern)]
@@ -166,7 +166,7 @@ def _decide(
             return None, plain, f"override {pattern!r}"
         if value == "muon":
             return plain.rule, plain, f"override {pattern!r}"
-        if isinstance(value, Whole):
+        if isinstance(value, MatrixRule):
             stride = getattr(param, "partition_stride", 1)
             return value, plain._replace(rule=value, stride=stride), f"override {pattern!r}"
         raise ValueError(f"overrides[{pattern!r}] is {value!r}: use 'muon', 'adamw' or a rule such as QKV(...)")

@@ -35,7 +35,7 @@ def ns_flops(rows: int, cols: int, steps: int, form: str) -> int:
 
 
 @dataclass(frozen=True)
-class NewtonSchulz:
+class NewtonSchulzCost:
     """What the planner must know of the iteration.
 
     Args:

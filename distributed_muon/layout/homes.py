@@ -6,7 +6,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from distributed_muon.layout.cost_model import Hardware, NewtonSchulz
+from distributed_muon.layout.cost_model import Hardware, NewtonSchulzCost
 from distributed_muon.layout.pieces import Layout
 
 # A makespan 1/200 longer is worth the exchange it saves: on one flat buffer over 64 ranks nearly all of it.
@@ -20,7 +20,7 @@ def all_holders(layout: Layout) -> Homes:
     return tuple(tuple(sorted(held)) for held in _holders(layout))
 
 
-def one_home(layout: Layout, newton_schulz: NewtonSchulz, busy: Sequence[int] = ()) -> Homes:
+def one_home(layout: Layout, newton_schulz: NewtonSchulzCost, busy: Sequence[int] = ()) -> Homes:
     """Longest-processing-time assignment by FLOPs; then homes move to holders within nearly the same makespan.
 
     The blocks of a team go to consecutive ranks that start at a multiple of its size, so that a team of up
@@ -43,7 +43,7 @@ def one_home(layout: Layout, newton_schulz: NewtonSchulz, busy: Sequence[int] = 
     return tuple((homes[matrix],) for matrix in range(len(costs)))
 
 
-def team_sizes(layout: Layout, newton_schulz: NewtonSchulz, hardware: Hardware) -> list[int]:
+def team_sizes(layout: Layout, newton_schulz: NewtonSchulzCost, hardware: Hardware) -> list[int]:
     """Per matrix, the ranks that share it: powers of two, 1 unless the cost model finds teams faster.
 
     Each candidate bounds what one rank may do for one matrix by a multiple of the ideal share, gives every
@@ -70,7 +70,9 @@ def team_sizes(layout: Layout, newton_schulz: NewtonSchulz, hardware: Hardware) 
     return best
 
 
-def _busiest_seconds(layout: Layout, sizes: Sequence[int], newton_schulz: NewtonSchulz, hardware: Hardware) -> float:
+def _busiest_seconds(
+    layout: Layout, sizes: Sequence[int], newton_schulz: NewtonSchulzCost, hardware: Hardware
+) -> float:
     """Estimated Newton-Schulz seconds of the busiest rank."""
     seconds = [
         newton_schulz.team_seconds(matrix, size, hardware) for matrix, size in zip(layout.matrices, sizes, strict=True)

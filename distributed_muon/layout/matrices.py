@@ -1,7 +1,7 @@
 """A parameter and its matrices: what Newton-Schulz is applied to, tensor parallelism included.
 
 A *rule* says how the whole (unsharded) parameter divides into matrices. `TensorSpec` adds how tensor
-parallelism cut it. `blocks()` then answers the one question the layout asks: which rectangle of the
+parallelism cut it. `rectangles()` then answers the one question the layout asks: which rectangle of the
 rank-local tensor is which rectangle of which matrix. Pure Python; nothing here touches torch.
 """
 
@@ -64,7 +64,7 @@ class Region(NamedTuple):
         return [self._replace(row_ranges=_slice(self.row_ranges, a, b)) for a, b in pairwise(cuts)]
 
 
-class Block(NamedTuple):
+class Rectangle(NamedTuple):
     """A rectangle of the rank-local 2-D view that is a rectangle of matrix `matrix` of the parameter."""
 
     matrix: int
@@ -77,8 +77,8 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Whole:
-    """The 2-D parameter is one matrix."""
+class MatrixRule:
+    """How a whole (unsharded) parameter divides into matrices; a rule overrides what does not fit it."""
 
     def view(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """(stack, rows, cols) of a parameter of `shape`; raises ValueError where the rule does not fit."""
@@ -92,7 +92,12 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Conv(Whole):
+class Whole(MatrixRule):
+    """The 2-D parameter is one matrix."""
+
+
+@dataclass(frozen=True)
+class Conv(MatrixRule):
     """A convolution kernel (out, in, k...) is one matrix of out x (in * k * ...), Keller Jordan's flattening."""
 
     def view(self, shape: Sequence[int]) -> tuple[int, int, int]:
@@ -102,7 +107,7 @@ class Conv(Whole):
 
 
 @dataclass(frozen=True)
-class Split(Whole):
+class Split(MatrixRule):
     """A fused 2-D parameter: `sizes` consecutive rows (dim 0) or columns (dim 1) are a matrix each.
 
     Gate/up is `Split((ffn, ffn))`; query, key and value stored one after the other are
@@ -129,7 +134,7 @@ class Split(Whole):
 
 
 @dataclass(frozen=True)
-class QKV(Whole):
+class QKV(MatrixRule):
     """Fused attention input, interleaved by query group: rows [q x (heads/groups), (gate), k, v] per group.
 
     The layout of Megatron's linear_qkv. Query, (gate,) key and value become a matrix each, over all
@@ -168,10 +173,10 @@ class QKV(Whole):
 
 
 @dataclass(frozen=True)
-class Experts(Whole):
+class Experts(MatrixRule):
     """A stack (experts, rows, cols): every expert is its own 2-D parameter under the rule `inner`."""
 
-    inner: Whole = field(default_factory=Whole)
+    inner: MatrixRule = field(default_factory=Whole)
 
     def view(self, shape: Sequence[int]) -> tuple[int, int, int]:
         if len(shape) != 3:
@@ -198,7 +203,7 @@ class TensorSpec:
 
     name: str
     shape: tuple[int, ...]
-    rule: Whole | None = None
+    rule: MatrixRule | None = None
     tp_dim: int | None = None
     tp_size: int = 1
     tp_stride: int = 1
@@ -227,7 +232,7 @@ class TensorSpec:
             raise ValueError(f"parameter {self.name!r}: {error}") from None
 
     def matrices(self) -> list[Matrix]:
-        """The parameter's matrices, in the order that `Block.matrix` counts them. Empty for AdamW."""
+        """The parameter's matrices, in the order that `Rectangle.matrix` counts them. Empty for AdamW."""
         return [matrix for matrix, _, _ in self._parts()]
 
     def _parts(self) -> list[tuple[Matrix, int, Region]]:
@@ -247,7 +252,7 @@ class TensorSpec:
                     out.append((Matrix(name, *part.shape, team, whole), index, part))
         return out
 
-    def blocks(self, tp_rank: int) -> list[Block]:
+    def rectangles(self, tp_rank: int) -> list[Rectangle]:
         """Where the elements held by `tp_rank` lie in the matrices, in the order of the local rows."""
         if self.rule is None:
             return []
@@ -262,7 +267,7 @@ class TensorSpec:
                     for local_col, left, width in _overlaps(col_map, region.cols):
                         row_at, col_at = row + top - span[0], left - region.cols[0]
                         block = (index * rows + local_row, local_col, row_at, col_at, height, width)
-                        out.append(Block(matrix, *block))
+                        out.append(Rectangle(matrix, *block))
                 row += span[1] - span[0]
         return sorted(out, key=lambda b: (b.local_row, b.local_col))
 

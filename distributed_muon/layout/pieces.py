@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from distributed_muon.layout.matrices import Block, Matrix, TensorSpec
+from distributed_muon.layout.matrices import Matrix, Rectangle, TensorSpec
 
 
 class Shard(NamedTuple):
@@ -108,7 +108,7 @@ class Layout:
         for spec in tensors:
             first.append(len(matrices))
             matrices += spec.matrices()
-        blocks: dict[tuple[int, int], tuple[list[Block], list[int]]] = {}
+        blocks: dict[tuple[int, int], tuple[list[Rectangle], list[int]]] = {}
         pieces: list[Piece] = []
         for rank, held in enumerate(shards):
             for index, shard in enumerate(held):
@@ -117,7 +117,7 @@ class Layout:
                     continue
                 key = (shard.tensor, tp_ranks[rank] if spec.tp_size > 1 else 0)
                 if key not in blocks:
-                    found = spec.blocks(key[1])
+                    found = spec.rectangles(key[1])
                     blocks[key] = found, list(accumulate((b.local_row + b.rows for b in found), max))
                 replica = tp_ranks[rank] if spec.tp_size == 1 else 0
                 where = (first[shard.tensor], rank, index, replica)
@@ -152,7 +152,7 @@ class Layout:
 def _cut(
     shard: Shard,
     width: int,
-    blocks: list[Block],
+    blocks: list[Rectangle],
     last_rows: list[int],
     matrices: Sequence[Matrix],
     first_matrix: int,

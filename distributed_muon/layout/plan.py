@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from distributed_muon.layout.cost_model import H100_INFINIBAND, Hardware, NewtonSchulz
+from distributed_muon.layout.cost_model import H100_INFINIBAND, Hardware, NewtonSchulzCost
 from distributed_muon.layout.homes import all_holders, one_home, team_sizes
 from distributed_muon.layout.pieces import Layout, Piece
 
@@ -73,7 +73,7 @@ class Plan:
 
     layout: Layout
     strategy: str
-    newton_schulz: NewtonSchulz
+    newton_schulz: NewtonSchulzCost
     homes: tuple[tuple[int, ...], ...]
     waves: tuple[tuple[int, ...], ...]
 
@@ -217,7 +217,7 @@ class Plan:
 def make_plan(
     layout: Layout,
     strategy: str = "auto",
-    newton_schulz: NewtonSchulz | None = None,
+    newton_schulz: NewtonSchulzCost | None = None,
     *,
     wave_bytes: int = WAVE_BYTES,
     hardware: Hardware = H100_INFINIBAND,
@@ -231,7 +231,7 @@ def make_plan(
         strategy: "home" (one home per matrix, balanced by Newton-Schulz cost, at a holder where the
             balance allows), "gather" (every holder is a home: the Moonlight report's Algorithm 1), or
             "auto" (the one the cost model finds faster).
-        newton_schulz: iteration options; the defaults of NewtonSchulz if None.
+        newton_schulz: iteration options; the defaults of NewtonSchulzCost if None.
         wave_bytes: bytes of matrices a home takes into one wave (at least one matrix).
         hardware: rates that "auto" and the team sizes are decided with.
         teams: whether "home" may split a matrix over several ranks where the cost model finds that
@@ -241,7 +241,7 @@ def make_plan(
     Raises:
         ValueError: unknown strategy.
     """
-    newton_schulz = newton_schulz or NewtonSchulz()
+    newton_schulz = newton_schulz or NewtonSchulzCost()
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy {strategy!r} is unknown: choose one of {', '.join(STRATEGIES)}")
     if strategy == "auto":

@@ -65,7 +65,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Domain:
+class DomainPlan:
     """The plan of one rank domain, and the bytes that do not depend on it.
 
     Args:
@@ -97,7 +97,7 @@ class StageReport:
     """
 
     stage: int
-    domains: tuple[Domain, ...]
+    domains: tuple[DomainPlan, ...]
     ns_flops_max: int
     ns_max_over_ideal: float
     exchange_bytes_max: int
@@ -172,7 +172,7 @@ def _stages(shapes: Sequence[ParameterShape], pp: int) -> list[list[ParameterSha
     return stages
 
 
-def _domains(stage: Sequence[ParameterShape], job: Job) -> list[Domain]:
+def _domains(stage: Sequence[ParameterShape], job: Job) -> list[DomainPlan]:
     experts = [shape for shape in stage if shape.expert]
     if not experts or job.tp == job.ep == 1:
         return [_domain("all", stage, job.dp, job)]
@@ -199,7 +199,7 @@ def _domain(
     *,
     expert: bool = False,
     busy: Sequence[int] = (),
-) -> Domain:
+) -> DomainPlan:
     """Lay out and plan `shapes` over `dp` data-parallel ranks (x tp unless they are experts), given `busy` ranks."""
     tp = 1 if expert else job.tp
     tensors = [_tensor(shape, tp) for shape in shapes]
@@ -212,7 +212,7 @@ def _domain(
     layout = Layout.build(tensors, shards, [rank % tp for rank in range(dp * tp)])
     padded = [sum(bucket.numel for bucket in buckets) // dp for buckets in (muon_buckets, adamw_buckets)]
     exact = [sum(numels[index] for index in chosen) / dp for chosen in (muon, adamw)]
-    return Domain(
+    return DomainPlan(
         name=name,
         plan=make_plan(layout, job.strategy, busy=busy),
         ranks_per_slice=job.ep if expert else 1,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distributed_muon.layout.matrices import Experts, Split, Whole
+from distributed_muon.layout.matrices import Experts, MatrixRule, Split
 from launch.models.layers import Block, CausalLM, Rotary, SwiGLU
 
 
@@ -127,7 +127,7 @@ class ExpertStack(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, intermediate_size))
 
-    def matrix_rules(self) -> dict[str, Whole]:
+    def matrix_rules(self) -> dict[str, MatrixRule]:
         """How Muon is to divide the stacks: each expert's gate, up and down are matrices of their own."""
         halves = Split((self.intermediate_size, self.intermediate_size), names=("gate", "up"))
         return {"gate_up_proj": Experts(inner=halves), "down_proj": Experts()}

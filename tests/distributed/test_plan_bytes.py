@@ -13,9 +13,9 @@ from distributed_muon import QKV, Conv, DistributedMuon, Experts, Split
 from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.engine.sharded_muon import ShardedMuon
 from distributed_muon.engine.timing import StepTimer
-from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.cutting import cut_buckets, make_buckets
-from distributed_muon.layout.matrices import Whole
+from distributed_muon.layout.matrices import MatrixRule, Whole
 from distributed_muon.layout.pieces import Layout
 from distributed_muon.layout.plan import make_plan
 from tests.checks import on_ranks
@@ -288,7 +288,7 @@ def test_tensor_parallel_layouts_equal_the_unsharded_reference(rank: int, world:
         by_dp = cut_buckets(buckets, numels, dp)
         shards = [by_dp[r // tp] for r in range(world)]
         layout = Layout.build(specs, shards, tp_ranks=[r % tp for r in range(world)])
-        plan = make_plan(layout, strategy, NewtonSchulz(form="standard"), wave_bytes=256, teams=False)
+        plan = make_plan(layout, strategy, NewtonSchulzCost(form="standard"), wave_bytes=256, teams=False)
         assert len(plan.waves) > 2
         own = [(specs[shard.tensor].name, shard) for shard in shards[rank]]
         held = [[local[name].reshape(-1)[shard.start : shard.stop].clone() for name, shard in own] for local in locals_]
@@ -328,7 +328,7 @@ def test_tensor_parallel_layouts_equal_the_unsharded_reference(rank: int, world:
                     assert torch.equal(got, want), f"{where} {name} on TP rank {part}: {(got - want).abs().max()}"
 
 
-def rebuild(parts: list[Tensor], rule: Whole, shape: tuple[int, ...]) -> Tensor:
+def rebuild(parts: list[Tensor], rule: MatrixRule, shape: tuple[int, ...]) -> Tensor:
     """The inverse of `matrices_of`: number every element, and scatter by number."""
     numbers = torch.arange(torch.Size(shape).numel()).view(shape)
     whole = torch.empty(torch.Size(shape).numel())

@@ -8,7 +8,7 @@ from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.diagnostics import merge_measured
 from distributed_muon.engine.sharded_muon import ShardedMuon
 from distributed_muon.engine.timing import StepTimer
-from distributed_muon.layout.cost_model import NewtonSchulz
+from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.cutting import cut_buckets, make_buckets
 from distributed_muon.layout.matrices import Split, TensorSpec, Whole
 from distributed_muon.layout.pieces import Layout
@@ -34,7 +34,7 @@ def run(rank: int, world: int, sizes: list[int]) -> dict:
     buckets = make_buckets(numels, world, bucket_numel=2000, aligned=False)
     shards = cut_buckets(buckets, numels, world)
     layout = Layout.build(SPECS, shards).with_teams(sizes)
-    plan = make_plan(layout, "home", NewtonSchulz(element_bytes=4), teams=False, wave_bytes=4 * 3000)
+    plan = make_plan(layout, "home", NewtonSchulzCost(element_bytes=4), teams=False, wave_bytes=4 * 3000)
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(n, generator=generator) for n in numels]
     grads = [torch.randn(n, generator=generator) for n in numels]

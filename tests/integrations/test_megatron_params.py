@@ -130,7 +130,7 @@ def shapes(member: MarkedParameter) -> list[tuple[int, int]]:
 
 
 def blocks(member: MarkedParameter, tp_rank: int) -> list[tuple[int, ...]]:
-    return [tuple(block) for block in member.spec.blocks(tp_rank)]
+    return [tuple(block) for block in member.spec.rectangles(tp_rank)]
 
 
 def test_linear_qkv_is_query_key_and_value_over_all_groups() -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed_muon.layout.matrices import QKV, Conv, Experts, Matrix, Region, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import QKV, Conv, Experts, Matrix, MatrixRule, Region, Split, TensorSpec, Whole
 from tests.dense import matrices_of, spec_of, tp_slice
 
 # name: global shape, rule, dimension that tensor parallelism cuts, interleaved parts per TP rank
@@ -48,7 +48,7 @@ def test_blocks_place_every_element_of_every_tp_rank(case: str, tp: int) -> None
     stack, rows, cols = spec.view
     for tp_rank in range(tp if dim is not None else 1):
         local = tp_slice(numbers, rule, dim, stride, tp, tp_rank).view(stack * rows, cols)
-        blocks = spec.blocks(tp_rank)
+        blocks = spec.rectangles(tp_rank)
         assert [(b.local_row, b.local_col) for b in blocks] == sorted((b.local_row, b.local_col) for b in blocks)
         for b in blocks:
             target = built[b.matrix][b.row : b.row + b.rows, b.col : b.col + b.cols]
@@ -82,7 +82,7 @@ def test_teams_cut_the_long_side_and_keep_the_logical_shape(case: str, team: int
     for tp_rank in range(plain.tp_size):
         stack, rows, cols = spec.view
         local = tp_slice(numbers, rule, dim, stride, tp, tp_rank).view(stack * rows, cols)
-        for b in spec.blocks(tp_rank):
+        for b in spec.rectangles(tp_rank):
             target = built[b.matrix][b.row : b.row + b.rows, b.col : b.col + b.cols]
             target.copy_(local[b.local_row : b.local_row + b.rows, b.local_col : b.local_col + b.cols])
     for got, want in zip(built, parts, strict=True):
@@ -136,7 +136,7 @@ def test_a_matrix_that_is_no_block_is_its_own_logical_shape() -> None:
         ((2, 6, 4), Experts(Split((3, 4))), "do not add up"),
     ],
 )
-def test_what_does_not_add_up_is_refused_by_name(shape: tuple[int, ...], rule: Whole, message: str) -> None:
+def test_what_does_not_add_up_is_refused_by_name(shape: tuple[int, ...], rule: MatrixRule, message: str) -> None:
     """Row 14: sizes that do not add up raise."""
     with pytest.raises(ValueError, match=message) as caught:
         TensorSpec("w", shape, rule).matrices()
@@ -145,7 +145,7 @@ def test_what_does_not_add_up_is_refused_by_name(shape: tuple[int, ...], rule: W
 
 def test_rows_that_do_not_divide_into_interleaved_parts_are_refused() -> None:
     with pytest.raises(ValueError, match="'w': 5 does not divide into tp_stride 2"):
-        TensorSpec("w", (5, 4), Whole(), tp_dim=0, tp_size=2, tp_stride=2).blocks(0)
+        TensorSpec("w", (5, 4), Whole(), tp_dim=0, tp_size=2, tp_stride=2).rectangles(0)
 
 
 def test_empty_parameters_have_no_matrices() -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from distributed_muon.layout.cost_model import Hardware, NewtonSchulz
+from distributed_muon.layout.cost_model import Hardware, NewtonSchulzCost
 from distributed_muon.layout.matrices import TensorSpec, Whole
 from distributed_muon.layout.pieces import Layout, Shard
 from distributed_muon.layout.plan import make_plan
-from distributed_muon.planning.simulate import Domain
+from distributed_muon.planning.simulate import DomainPlan
 from launch.world import World
 from perf import comm, fake_world, links, report
 from perf.check import check
@@ -81,7 +81,7 @@ def two_rank_training() -> MeasuredTraining:
     # Rank 0 holds all of a and half of the norm; rank 1 the rest.
     shards = [[Shard(0, 0, 256), Shard(2, 0, 16)], [Shard(1, 0, 256), Shard(2, 16, 32)]]
     plan = make_plan(Layout.build(tensors, shards), "home")
-    domain = Domain("all", plan, 1, 0, 0, adamw_bytes=6 * 544 / 2)
+    domain = DomainPlan("all", plan, 1, 0, 0, adamw_bytes=6 * 544 / 2)
     return MeasuredTraining(2, domain, buckets=2, forward_backward=3.0)
 
 
@@ -203,8 +203,8 @@ def test_moonlight_at_64_ranks() -> None:
         (MOONLIGHT, Setup("gather"), H100),
         (MOONLIGHT, Setup(overlap=False), H100),
         (MOONLIGHT, Setup(layout="flat"), H100),
-        (MOONLIGHT, Setup(newton_schulz=NewtonSchulz(steps=10)), H100),
-        (MOONLIGHT, Setup(newton_schulz=NewtonSchulz(element_bytes=4)), H100),
+        (MOONLIGHT, Setup(newton_schulz=NewtonSchulzCost(steps=10)), H100),
+        (MOONLIGHT, Setup(newton_schulz=NewtonSchulzCost(element_bytes=4)), H100),
         (replace(MOONLIGHT, mfu=0.5), Setup(), H100),
         (replace(MOONLIGHT, global_tokens=MOONLIGHT.global_tokens // 4), Setup(), H100),
         (MOONLIGHT, Setup(), MACHINES["h100-eth100"]),

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from distributed_muon.layout.cost_model import H100_INFINIBAND, NewtonSchulz
+from distributed_muon.layout.cost_model import H100_INFINIBAND, NewtonSchulzCost
 from distributed_muon.layout.cutting import cut_buckets, make_buckets
 from distributed_muon.layout.matrices import Experts, Split, TensorSpec, Whole
 from distributed_muon.layout.pieces import Layout, Shard
@@ -212,7 +212,7 @@ def test_auto_takes_the_faster_one() -> None:
 
 def test_fp32_on_the_wire_doubles_the_bytes() -> None:
     layout = layout_of(transformer(), 8, *KINDS["bucketed"])
-    plans: list[Plan] = [make_plan(layout, "gather", NewtonSchulz(element_bytes=size)) for size in (2, 4)]
+    plans: list[Plan] = [make_plan(layout, "gather", NewtonSchulzCost(element_bytes=size)) for size in (2, 4)]
     assert [2 * count for count in plans[0].exchange_bytes_by_rank] == plans[1].exchange_bytes_by_rank
     assert sum(plans[0].exchange_bytes_by_rank) > 0
 
