@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distributed_muon.layout.matrices import Matrix
@@ -36,7 +37,7 @@ def ns_flops(rows: int, cols: int, steps: int, form: str) -> int:
 
 @dataclass(frozen=True)
 class NewtonSchulzCost:
-    """What the planner must know of the iteration.
+    """What one Newton-Schulz costs, from the few options of the iteration that matter for it.
 
     Args:
         steps: iterations. form: "standard", "gram" or "auto" (by shape).
@@ -61,6 +62,12 @@ class NewtonSchulzCost:
             return ns_flops(matrix.rows, matrix.cols, self.steps, self.form_of(matrix.rows, matrix.cols))
         short = min(matrix.logical_shape)
         return self.steps * 2 * short * short * (2 * matrix.numel // short + -(-short // matrix.team))
+
+    def flops_of(self, matrices: Sequence[Matrix]) -> list[int]:
+        """`flops` of many matrices, of which most are alike."""
+        kinds = {matrix[1:]: matrix for matrix in matrices}  # all but the name
+        flops = {kind: self.flops(matrix) for kind, matrix in kinds.items()}
+        return [flops[matrix[1:]] for matrix in matrices]
 
     def team_bytes(self, short: int, team: int) -> int:
         """Bytes one rank of a team sends per matrix, `short` being the matrix's short side.

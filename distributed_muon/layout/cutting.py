@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from distributed_muon.layout.pieces import Shard
@@ -78,13 +80,23 @@ def _fill_slots(tensors: Sequence[int], numels: Sequence[int], slot: int) -> lis
     Where none fits into the room left in a slot, the largest remaining one straddles into the next.
     """
     left = sorted(tensors, key=lambda t: (-numels[t], t))
+    sizes = [-_padded(numels[t]) for t in left]
+    following = list(range(len(left) + 1))  # of a number in `left`, itself or one nearer to the next that is unpacked
+
+    def unpacked(number: int) -> int:
+        while following[number] != number:
+            following[number] = following[following[number]]
+            number = following[number]
+        return number
+
     packed, at = [], 0
-    while left:
-        room = slot - at % slot
-        pick = next((t for t in left if _padded(numels[t]) <= room), left[0])
-        left.remove(pick)
-        packed.append(pick)
-        at += _padded(numels[pick])
+    for _ in left:
+        pick = unpacked(bisect_left(sizes, at % slot - slot))
+        if pick == len(left):
+            pick = unpacked(0)
+        following[pick] = pick + 1
+        packed.append(left[pick])
+        at -= sizes[pick]
     return packed
 
 
@@ -94,9 +106,8 @@ def cut_buckets(buckets: Sequence[Bucket], numels: Sequence[int], dp: int) -> li
     for bucket in buckets:
         size = bucket.numel // dp
         for tensor, offset in zip(bucket.tensors, bucket.offsets, strict=True):
-            end = offset + numels[tensor]
-            for rank in range(offset // size, (max(end, offset + 1) - 1) // size + 1):
-                start, stop = max(offset, rank * size), min(end, (rank + 1) * size)
-                if start < stop:
-                    shards[rank].append(Shard(tensor, start - offset, stop - offset))
+            first, numel = offset // size, numels[tensor]
+            cuts = [0, *range((first + 1) * size - offset, numel, size), numel] if numel else []
+            for rank, (start, stop) in enumerate(pairwise(cuts), first):
+                shards[rank].append(Shard(tensor, start, stop))
     return shards

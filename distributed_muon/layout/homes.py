@@ -1,15 +1,20 @@
-"""Which rank is the home of which matrix, and which matrices are shared by a team of ranks."""
+"""Which rank is the home of which matrix."""
 
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from distributed_muon.layout.cost_model import Hardware, NewtonSchulzCost
-from distributed_muon.layout.pieces import Layout
+import numpy as np
 
-# A makespan 1/200 longer is worth the exchange it saves: on one flat buffer over 64 ranks nearly all of it.
+from distributed_muon.layout.cost_model import NewtonSchulzCost
+from distributed_muon.layout.pieces import Layout
+from distributed_muon.layout.teams import seat
+
+# A home at a rank that holds the matrix already saves its exchange, but may balance the work worse: that is taken
+# where the busiest rank works at most 1/200 longer. If perfect balance means 10 ms of Newton-Schulz on every rank,
+# homes go to holders as long as no rank comes to more than 10.05 ms. Where the ranks cut one flat buffer, so that
+# most matrices lie on a single rank, this is enough to leave out nearly all of the exchange.
 _SLACK = 200
 
 Homes = tuple[tuple[int, ...], ...]
@@ -17,106 +22,55 @@ Homes = tuple[tuple[int, ...], ...]
 
 def all_holders(layout: Layout) -> Homes:
     """Every rank that holds a piece of a matrix is its home: the Moonlight report's Algorithm 1."""
-    return tuple(tuple(sorted(held)) for held in _holders(layout))
+    return tuple(tuple(held) for held in _holders(layout))
 
 
 def one_home(layout: Layout, newton_schulz: NewtonSchulzCost, busy: Sequence[int] = ()) -> Homes:
     """Longest-processing-time assignment by FLOPs; then homes move to holders within nearly the same makespan.
 
-    The blocks of a team go to consecutive ranks that start at a multiple of its size, so that a team of up
-    to a node's ranks stays in the node.
+    Teams are seated first: the blocks of a team go to consecutive ranks that start at a multiple of its size.
 
     Args:
         busy: FLOPs that other plans already gave to each rank of this domain; none if empty.
     """
-    costs = [newton_schulz.flops(matrix) for matrix in layout.matrices]
-    holders = _holders(layout)
-    base = list(busy) or [0] * layout.world
+    costs = newton_schulz.flops_of(layout.matrices)
+    loads = list(busy) or [0] * layout.world
     teams = {blocks.start: len(blocks) for blocks in layout.together if len(blocks) > 1}
-    seats = _seat(teams, costs, base)
+    seats = seat(teams, costs, loads)
     homes = {first + i: seats[first] + i for first, size in teams.items() for i in range(size)}
     order = sorted((m for m in range(len(costs)) if m not in homes), key=lambda m: (-costs[m], m))
-    free, makespan = _longest_first(order, costs, holders, base, 0)
+    free, makespan = _longest_first(order, costs, loads)
     allowed = makespan + makespan // _SLACK
-    near, reached = _longest_first(order, costs, holders, base, allowed)
+    near, reached = _longest_first(order, costs, loads, _holders(layout), allowed)
     homes.update(near if reached <= allowed else free)
     return tuple((homes[matrix],) for matrix in range(len(costs)))
 
 
-def team_sizes(layout: Layout, newton_schulz: NewtonSchulzCost, hardware: Hardware) -> list[int]:
-    """Per matrix, the ranks that share it: powers of two, 1 unless the cost model finds teams faster.
-
-    Each candidate bounds what one rank may do for one matrix by a multiple of the ideal share, gives every
-    matrix the smallest team that obeys, and is judged by the estimated seconds of the busiest rank.
-    """
-    matrices, world = layout.matrices, layout.world
-    whole = [1] * len(matrices)
-    flops = [newton_schulz.flops(matrix) for matrix in matrices]
-    ideal = sum(flops) / world
-    if not matrices or max(flops) <= ideal:
-        return whole
-    best, best_seconds = whole, _busiest_seconds(layout, whole, newton_schulz, hardware)
-    for bound in (1.0, 1.25, 1.5, 2.0, 3.0, 4.0):
-        sizes = []
-        for matrix, cost in zip(matrices, flops, strict=True):
-            size = 1
-            # A block of less than one row or column of the long side is no block.
-            while cost / size > bound * ideal and 2 * size <= min(world, max(matrix.shape)):
-                size *= 2
-            sizes.append(size)
-        seconds = _busiest_seconds(layout, sizes, newton_schulz, hardware)
-        if seconds < best_seconds:
-            best, best_seconds = sizes, seconds
-    return best
-
-
-def _busiest_seconds(
-    layout: Layout, sizes: Sequence[int], newton_schulz: NewtonSchulzCost, hardware: Hardware
-) -> float:
-    """Estimated Newton-Schulz seconds of the busiest rank."""
-    seconds = [
-        newton_schulz.team_seconds(matrix, size, hardware) for matrix, size in zip(layout.matrices, sizes, strict=True)
-    ]
-    loads = [0.0] * layout.world
-    _seat(dict(enumerate(sizes)), seconds, loads)
-    return max(loads)
-
-
-def _seat(sizes: Mapping[int, int], costs: Sequence[float], loads: list[float] | list[int]) -> dict[int, int]:
-    """Seat teams on consecutive ranks from a multiple of their size, largest teams and longest work first.
-
-    Args:
-        sizes: per team, its ranks. costs: by team number, what each of its ranks does. loads: per rank;
-            added to.
-
-    Returns:
-        Per team, its first rank.
-    """
-    seats = {}
-    for size in sorted(set(sizes.values()), reverse=True):
-        windows = [(max(loads[i : i + size]), i) for i in range(0, len(loads) - size + 1, size)]
-        heapq.heapify(windows)
-        for team in sorted((t for t in sizes if sizes[t] == size), key=lambda t: (-costs[t], t)):
-            load, first = windows[0]
-            heapq.heapreplace(windows, (load + costs[team], first))
-            for rank in range(first, first + size):
-                loads[rank] += costs[team]
-            seats[team] = first
-    return seats
-
-
 def _holders(layout: Layout) -> list[dict[int, int]]:
-    """For each matrix, the elements that each rank would have to send were it not the home."""
-    holders: list[dict[int, int]] = [defaultdict(int) for _ in layout.matrices]
-    for piece in layout.pieces:
-        holders[piece.matrix][piece.rank] += piece.numel
+    """For each matrix, the elements that each rank would have to send were it not the home, by rank."""
+    pieces, world = layout.columns, layout.world
+    keys = pieces.matrix * world + pieces.rank  # ascending, as the pieces are
+    begins = np.flatnonzero(np.diff(keys, prepend=-1))
+    numels = np.add.reduceat(pieces.numel, begins) if len(begins) else begins
+    holders: list[dict[int, int]] = [{} for _ in layout.matrices]
+    matrices, ranks = pieces.matrix[begins].tolist(), pieces.rank[begins].tolist()
+    for matrix, rank, numel in zip(matrices, ranks, numels.tolist(), strict=True):
+        holders[matrix][rank] = numel
     return holders
 
 
 def _longest_first(
-    order: Sequence[int], costs: Sequence[int], holders: Sequence[dict[int, int]], base: Sequence[int], makespan: int
+    order: Sequence[int],
+    costs: Sequence[int],
+    base: Sequence[int],
+    holders: Sequence[Mapping[int, int]] | None = None,
+    makespan: int = 0,
 ) -> tuple[dict[int, int], int]:
     """Each matrix to its largest holder that stays within `makespan`, else to the least loaded rank.
+
+    Args:
+        order: matrices, the most work first. costs: by matrix. base: load of each rank before.
+        holders: per matrix, the elements that each rank holds; None looks at the loads alone.
 
     Returns:
         The homes, and the load of the busiest rank.
@@ -127,7 +81,8 @@ def _longest_first(
     homes = {}
     for matrix in order:
         cost = costs[matrix]
-        fitting = [(held, -loads[r], -r) for r, held in holders[matrix].items() if loads[r] + cost <= makespan]
+        held = holders[matrix] if holders is not None else {}
+        fitting = [(numel, -loads[r], -r) for r, numel in held.items() if loads[r] + cost <= makespan]
         if fitting:
             home = -max(fitting)[2]
         else:

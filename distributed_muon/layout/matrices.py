@@ -8,10 +8,10 @@ rank-local tensor is which rectangle of which matrix. Pure Python; nothing here 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 Range = tuple[int, int]  # [start, stop)
 
@@ -53,15 +53,6 @@ class Region(NamedTuple):
     @property
     def shape(self) -> tuple[int, int]:
         return sum(stop - start for start, stop in self.row_ranges), self.cols[1] - self.cols[0]
-
-    def split(self, parts: int) -> list[Region]:
-        """`parts` near-equal consecutive parts of the long side, columns where the sides are equal."""
-        rows, cols = self.shape
-        cuts = [i * max(rows, cols) // parts for i in range(parts + 1)]
-        if cols >= rows:
-            left = self.cols[0]
-            return [self._replace(cols=(left + a, left + b)) for a, b in pairwise(cuts)]
-        return [self._replace(row_ranges=_slice(self.row_ranges, a, b)) for a, b in pairwise(cuts)]
 
 
 class Rectangle(NamedTuple):
@@ -117,6 +108,10 @@ class Split(MatrixRule):
     sizes: tuple[int, ...] = ()
     dim: int = 0
     names: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))  # rules are hashed, and lists would not be
+        object.__setattr__(self, "names", tuple(self.names))
 
     def regions(self, rows: int, cols: int) -> list[Region]:
         extent = cols if self.dim else rows
@@ -198,7 +193,6 @@ class TensorSpec:
         tp_dim: dimension of the 2-D view (within one expert) that tensor parallelism cut; None if replicated.
         tp_size: ranks it was cut over (1: every TP rank holds all of it).
         tp_stride: interleaved parts per rank; 2 where a rank holds [gate_r; up_r] of a fused [gate; up].
-        teams: per matrix of the rule, the ranks that share its Newton-Schulz; empty where all have one home.
     """
 
     name: str
@@ -207,7 +201,6 @@ class TensorSpec:
     tp_dim: int | None = None
     tp_size: int = 1
     tp_stride: int = 1
-    teams: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -217,79 +210,76 @@ class TensorSpec:
     def view(self) -> tuple[int, int, int]:
         """(stack, rows, cols) of the rank-local tensor."""
         assert self.rule is not None
-        try:
-            return self.rule.view(self.shape)
-        except ValueError as error:
-            raise ValueError(f"parameter {self.name!r}: {error}") from None
-
-    def _regions(self) -> list[Region]:
-        _, rows, cols = self.view
-        rows *= self.tp_size if self.tp_dim == 0 else 1
-        cols *= self.tp_size if self.tp_dim == 1 else 1
-        try:
-            return self.rule.regions(rows, cols) if rows and cols else []
-        except ValueError as error:
-            raise ValueError(f"parameter {self.name!r}: {error}") from None
+        return self._ask(self.rule.view, self.shape)
 
     def matrices(self) -> list[Matrix]:
         """The parameter's matrices, in the order that `Rectangle.matrix` counts them. Empty for AdamW."""
-        return [matrix for matrix, _, _ in self._parts()]
-
-    def _parts(self) -> list[tuple[Matrix, int, Region]]:
-        """(matrix, stack index, its region within one element of the stack), blocks of teams one by one."""
         if self.rule is None:
             return []
-        out = []
-        stack, regions = self.view[0], self._regions()
-        for index in range(stack):
-            for number, region in enumerate(regions):
-                tags = ([str(index)] if stack > 1 else []) + ([region.suffix] if region.suffix else [])
-                name = f"{self.name}[{','.join(tags)}]" if tags else self.name
-                shape = region.shape
-                team = self.teams[index * len(regions) + number] if self.teams else 1
-                for part in region.split(team):
-                    whole = shape if team > 1 else None
-                    out.append((Matrix(name, *part.shape, team, whole), index, part))
-        return out
+        parts = self._ask(_parts, self.rule, self.shape, self.tp_dim, self.tp_size)
+        return [Matrix(self.name + suffix, *region.shape) for suffix, _, region in parts]
 
-    def rectangles(self, tp_rank: int) -> list[Rectangle]:
+    def rectangles(self, tp_rank: int) -> tuple[Rectangle, ...]:
         """Where the elements held by `tp_rank` lie in the matrices, in the order of the local rows."""
         if self.rule is None:
-            return []
-        _, rows, cols = self.view
-        row_map = self._placement(rows, 0, tp_rank)
-        col_map = self._placement(cols, 1, tp_rank)
-        out = []
-        for matrix, (_, index, region) in enumerate(self._parts()):
-            row = 0
-            for span in region.row_ranges:
-                for local_row, top, height in _overlaps(row_map, span):
-                    for local_col, left, width in _overlaps(col_map, region.cols):
-                        row_at, col_at = row + top - span[0], left - region.cols[0]
-                        block = (index * rows + local_row, local_col, row_at, col_at, height, width)
-                        out.append(Rectangle(matrix, *block))
-                row += span[1] - span[0]
-        return sorted(out, key=lambda b: (b.local_row, b.local_col))
+            return ()
+        return self._ask(_rectangles, self.rule, self.shape, self.tp_dim, self.tp_size, self.tp_stride, tp_rank)
 
-    def _placement(self, extent: int, dim: int, tp_rank: int) -> list[tuple[int, int, int]]:
-        """(local start, global start, length) of each interleaved part along `dim`."""
-        if self.tp_dim != dim or self.tp_size == 1:
-            return [(0, 0, extent)]
-        if extent % self.tp_stride:
-            raise ValueError(f"parameter {self.name!r}: {extent} does not divide into tp_stride {self.tp_stride}")
-        part = extent // self.tp_stride
-        return [(i * part, (i * self.tp_size + tp_rank) * part, part) for i in range(self.tp_stride)]
+    def _ask(self, question: Callable[..., Any], *args: Any) -> Any:
+        """The answer of a rule, whose errors then name the parameter."""
+        try:
+            return question(*args)
+        except ValueError as error:
+            raise ValueError(f"parameter {self.name!r}: {error}") from None
 
 
-def _slice(ranges: tuple[Range, ...], low: int, high: int) -> tuple[Range, ...]:
-    """Rows [low, high) of the concatenation of `ranges`, as ranges."""
-    out, at = [], 0
-    for start, stop in ranges:
-        begin, end = max(start, start + low - at), min(stop, start + high - at)
-        if begin < end:
-            out.append((begin, end))
-        at += stop - start
+# Layers repeat the same few shapes, so what a shape divides into is worked out once.
+@lru_cache(maxsize=4096)
+def _parts(
+    rule: MatrixRule, shape: tuple[int, ...], tp_dim: int | None, tp_size: int
+) -> tuple[tuple[str, int, Region], ...]:
+    """(suffix of its name, stack index, region within one element of the stack) of each matrix."""
+    stack, rows, cols = rule.view(shape)
+    rows *= tp_size if tp_dim == 0 else 1
+    cols *= tp_size if tp_dim == 1 else 1
+    if not rows or not cols:
+        return ()
+    regions, out = rule.regions(rows, cols), []
+    for index in range(stack):
+        for region in regions:
+            tags = ([str(index)] if stack > 1 else []) + ([region.suffix] if region.suffix else [])
+            out.append((f"[{','.join(tags)}]" if tags else "", index, region))
     return tuple(out)
+
+
+@lru_cache(maxsize=4096)
+def _rectangles(
+    rule: MatrixRule, shape: tuple[int, ...], tp_dim: int | None, tp_size: int, tp_stride: int, tp_rank: int
+) -> tuple[Rectangle, ...]:
+    """See `TensorSpec.rectangles`."""
+    _, rows, cols = rule.view(shape)
+    row_map, col_map = (
+        _placement(extent, tp_size, tp_stride, tp_rank) if dim == tp_dim and tp_size > 1 else [(0, 0, extent)]
+        for dim, extent in enumerate((rows, cols))
+    )
+    out = []
+    for matrix, (_, index, region) in enumerate(_parts(rule, shape, tp_dim, tp_size)):
+        row = 0
+        for span in region.row_ranges:
+            for local_row, top, height in _overlaps(row_map, span):
+                for local_col, left, width in _overlaps(col_map, region.cols):
+                    corner = (index * rows + local_row, local_col, row + top - span[0], left - region.cols[0])
+                    out.append(Rectangle(matrix, *corner, height, width))
+            row += span[1] - span[0]
+    return tuple(sorted(out, key=lambda r: (r.local_row, r.local_col)))
+
+
+def _placement(extent: int, tp_size: int, tp_stride: int, tp_rank: int) -> list[tuple[int, int, int]]:
+    """(local start, global start, length) of each interleaved part along the dimension that is cut."""
+    if extent % tp_stride:
+        raise ValueError(f"{extent} does not divide into tp_stride {tp_stride}")
+    part = extent // tp_stride
+    return [(i * part, (i * tp_size + tp_rank) * part, part) for i in range(tp_stride)]
 
 
 def _overlaps(placement: list[tuple[int, int, int]], span: Range) -> list[tuple[int, int, int]]:

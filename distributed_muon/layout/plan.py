@@ -1,7 +1,7 @@
 """One home per matrix, waves of exchange, and exact counts of the bytes and FLOPs they cost.
 
 A plan is computed alike on every rank from the layout alone: which rank orthogonalizes which matrix
-(its home), in which wave, and what each rank sends to whom. Pure Python, no torch.distributed.
+(its home), in which wave, and what each rank sends to whom. No torch, no communication.
 
 Every wave is two all-to-alls. *Gather*: holders send their pieces of the momentum update to the
 homes. *Scatter*: homes send the orthogonalized pieces back. The report's Algorithm 1
@@ -10,19 +10,25 @@ homes. *Scatter*: homes send the orthogonalized pieces back. The report's Algori
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, pairwise
+
+import numpy as np
 
 from distributed_muon.layout.cost_model import H100_INFINIBAND, Hardware, NewtonSchulzCost
-from distributed_muon.layout.homes import all_holders, one_home, team_sizes
-from distributed_muon.layout.pieces import Layout, Piece
+from distributed_muon.layout.homes import Homes, all_holders, one_home
+from distributed_muon.layout.pieces import Layout, Piece, expand
+from distributed_muon.layout.teams import team_sizes
 
 STRATEGIES = ("home", "gather", "auto")
-# Of 16-bit matrices that a home takes into one wave. What a step allocates on a rank beyond the state stays below
-# this number of such waves (two waves of matrices and wire, the fp32 updates of one, workspaces), or of the largest
-# matrix where that is more, or below two gradient buckets: it does not grow with the model.
+# A home takes its matrices in waves of about this many bytes in 16 bits, and holds no more than two waves at a time.
+# With 64 MiB, a rank that is home to 1 GiB of matrices goes through 16 waves a step; with twice the model it goes
+# through 32, in the same memory. Everything that a step allocates beside the state (matrices and wire of two waves,
+# fp32 updates of one, workspaces of Newton-Schulz) stays below TRANSIENT_WAVES such waves. Where one matrix is larger
+# than a wave it counts as the wave; where two gradient buckets are larger than all of this, they are the bound.
 WAVE_BYTES = 64 << 20
 TRANSIENT_WAVES = 7
 
@@ -68,28 +74,71 @@ class Plan:
     Args:
         layout: who holds what. strategy: "home" or "gather", after "auto" was decided.
         newton_schulz: iteration options that set the cost. homes: per matrix, the ranks that
-        orthogonalize it; the first one serves holders that are not homes. waves: matrices of each wave.
+        orthogonalize it; the first one serves holders that are not homes.
+        wave_numel: elements of matrices that a home takes into one wave, or one matrix.
     """
 
     layout: Layout
     strategy: str
     newton_schulz: NewtonSchulzCost
-    homes: tuple[tuple[int, ...], ...]
-    waves: tuple[tuple[int, ...], ...]
+    homes: Homes
+    wave_numel: int
+
+    @cached_property
+    def waves(self) -> tuple[tuple[int, ...], ...]:
+        """Matrices of each wave, in forward order: about `wave_numel` elements per home, so that homes finish together.
+
+        The blocks of a team are in one wave: their ranks meet in its collectives.
+        """
+        taken = [0] * self.layout.world
+        waves: dict[int, list[int]] = defaultdict(list)
+        for together in self.layout.together:
+            wave = max(taken[home] // self.wave_numel for block in together for home in self.homes[block])
+            for block in together:
+                for home in self.homes[block]:
+                    taken[home] = max(taken[home], wave * self.wave_numel) + self.layout.matrices[block].numel
+                waves[wave].append(block)
+        return tuple(tuple(waves[wave]) for wave in sorted(waves))
+
+    @cached_property
+    def _wave_of(self) -> np.ndarray:
+        """Per matrix, the number of its wave."""
+        wave_of = np.empty(len(self.homes), np.int64)
+        for wave, matrices in enumerate(self.waves):
+            wave_of[list(matrices)] = wave
+        return wave_of
+
+    @cached_property
+    def _home_ranks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The homes of all matrices one after the other, and per matrix where its own begin and how many they are."""
+        count = np.fromiter(map(len, self.homes), np.int64, len(self.homes))
+        return np.fromiter(chain.from_iterable(self.homes), np.int64), np.cumsum(count) - count, count
+
+    @cached_property
+    def _away(self) -> np.ndarray:
+        """Per piece, whether the rank that holds it is no home of its matrix."""
+        ranks, _, count = self._home_ranks
+        pieces, world = self.layout.columns, self.layout.world
+        homes = np.repeat(np.arange(len(count)), count) * world + ranks
+        return ~np.isin(pieces.matrix * world + pieces.rank, homes)
 
     @cached_property
     def ns_flops_by_rank(self) -> list[int]:
         """Newton-Schulz FLOPs of each rank per step."""
         work = [0] * self.layout.world
-        for matrix, homes in zip(self.layout.matrices, self.homes, strict=True):
+        for flops, homes in zip(self._flops, self.homes, strict=True):
             for home in homes:
-                work[home] += self.newton_schulz.flops(matrix)
+                work[home] += flops
         return work
 
     @cached_property
+    def _flops(self) -> list[int]:
+        return self.newton_schulz.flops_of(self.layout.matrices)
+
+    @property
     def ns_flops_total(self) -> int:
         """Newton-Schulz FLOPs per step if every matrix is orthogonalized once."""
-        return sum(self.newton_schulz.flops(matrix) for matrix in self.layout.matrices)
+        return sum(self._flops)
 
     @property
     def ns_max_over_ideal(self) -> float:
@@ -100,15 +149,13 @@ class Plan:
     @cached_property
     def exchange_bytes_by_rank(self) -> list[int]:
         """Bytes each rank sends in the all-to-alls of one step, both ways."""
-        sent = [0] * self.layout.world
-        for piece in self.layout.pieces:
-            homes = self.homes[piece.matrix]
-            away = piece.rank not in homes
-            if piece.replica == 0:
-                sent[piece.rank] += piece.numel * (len(homes) - 1 + away)
-            if away:
-                sent[homes[0]] += piece.numel
-        return [count * self.newton_schulz.element_bytes for count in sent]
+        sent = np.zeros(self.layout.world, np.int64)
+        pieces, numel, away = self.layout.columns, self.layout.columns.numel, self._away
+        ranks, begins, count = self._home_ranks
+        source = pieces.replica == 0
+        np.add.at(sent, pieces.rank[source], (numel * (count[pieces.matrix] - 1 + away))[source])
+        np.add.at(sent, ranks[begins[pieces.matrix[away]]], numel[away])
+        return (sent * self.newton_schulz.element_bytes).tolist()
 
     @cached_property
     def teams(self) -> dict[int, tuple[int, ...]]:
@@ -128,59 +175,68 @@ class Plan:
             sent[self.homes[block][0]] += self.newton_schulz.team_bytes(min(matrix.logical_shape), len(team))
         return sent
 
-    @cached_property
-    def _pieces_by_matrix(self) -> dict[int, list[Piece]]:
-        by_matrix = defaultdict(list)
-        for piece in self.layout.pieces:
-            by_matrix[piece.matrix].append(piece)
-        return by_matrix
-
     def last_wave_by_tensor(self) -> list[int]:
         """Per tensor, the wave that updates the last of its matrices; -1 for tensors without matrices."""
-        wave_of = {matrix: wave for wave, matrices in enumerate(self.waves) for matrix in matrices}
-        last = [-1] * len(self.layout.tensors)
-        for matrix, tensor in enumerate(self.layout.tensor_of_matrix):
-            last[tensor] = max(last[tensor], wave_of[matrix])
-        return last
+        last = np.full(len(self.layout.tensors), -1)
+        np.maximum.at(last, np.array(self.layout.tensor_of_matrix, int), self._wave_of)
+        return last.tolist()
 
     def schedule(self, rank: int) -> list[Wave]:
         """What `rank` holds, orthogonalizes, sends and receives in each wave."""
-        return [self._wave(matrices, rank) for matrices in self.waves]
-
-    def _wave(self, matrices: Sequence[int], rank: int) -> Wave:
-        pieces = [piece for matrix in matrices for piece in self._pieces_by_matrix[matrix]]
-        held = tuple(piece for piece in pieces if piece.rank == rank)
-        mine = [matrix for matrix in matrices if rank in self.homes[matrix]]
-        blocks = tuple(matrix for matrix in mine if self.layout.matrices[matrix].team > 1)
-        by_shape: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for matrix in mine:
-            if self.layout.matrices[matrix].team == 1:
-                by_shape[self.layout.matrices[matrix].shape].append(matrix)
-        sources = [p for p in pieces if p.replica == 0]
-        gather = self._transfer(
-            idle=all(self.homes[p.matrix] == (p.rank,) for p in sources),
-            send=[(home, p) for p in held if p.replica == 0 for home in self.homes[p.matrix] if home != rank],
-            recv=[(p.rank, p) for p in sources if p.rank != rank and rank in self.homes[p.matrix]],
+        pieces, away, (ranks, begins, count) = self.layout.columns, self._away, self._home_ranks
+        matrix, held, source = pieces.matrix, pieces.rank == rank, pieces.replica == 0
+        first_home = ranks[begins[matrix]] if len(matrix) else matrix
+        own = np.repeat(np.arange(len(count)), count)[ranks == rank]  # matrices this rank is a home of
+        # To the homes: each piece this rank is the source of, once for every home that is another rank.
+        sources = np.flatnonzero(held & source)
+        which, at = expand(begins[matrix[sources]], count[matrix[sources]])
+        elsewhere = ranks[at] != rank
+        arriving = np.flatnonzero(source & ~held & np.isin(matrix, own))
+        gathers = self._transfers(
+            (sources[which[elsewhere]], ranks[at[elsewhere]]),
+            (arriving, pieces.rank[arriving]),
+            moving=source & (away | (count[matrix] > 1)),
         )
-        away = [p for p in pieces if p.rank not in self.homes[p.matrix]]
-        scatter = self._transfer(
-            idle=not away,
-            send=[(p.rank, p) for p in away if self.homes[p.matrix][0] == rank],
-            recv=[(self.homes[p.matrix][0], p) for p in away if p.rank == rank],
-        )
-        return Wave(held, tuple(map(tuple, by_shape.values())), blocks, gather, scatter)
+        # And back: the first home serves the holders that are none.
+        returning, awaited = np.flatnonzero(away & (first_home == rank)), np.flatnonzero(away & held)
+        scatters = self._transfers((returning, pieces.rank[returning]), (awaited, first_home[awaited]), moving=away)
+        held_by_wave: list[list[Piece]] = [[] for _ in self.waves]
+        mine = np.flatnonzero(held)
+        for piece, wave in zip(self.layout.pieces_at(mine), self._wave_of[matrix[mine]].tolist(), strict=True):
+            held_by_wave[wave].append(piece)
+        blocks: list[list[int]] = [[] for _ in self.waves]
+        stacks: list[dict[tuple[int, int], list[int]]] = [defaultdict(list) for _ in self.waves]
+        for number, wave in zip(own.tolist(), self._wave_of[own].tolist(), strict=True):
+            shape, team = self.layout.matrices[number].shape, self.layout.matrices[number].team
+            (blocks[wave] if team > 1 else stacks[wave][shape]).append(number)
+        return [
+            Wave(tuple(held), tuple(map(tuple, by_shape.values())), tuple(own_blocks), gather, scatter)
+            for held, by_shape, own_blocks, gather, scatter in zip(
+                held_by_wave, stacks, blocks, gathers, scatters, strict=True
+            )
+        ]
 
-    def _transfer(self, idle: bool, send: Iterable[tuple[int, Piece]], recv: Iterable[tuple[int, Piece]]) -> Transfer:
+    def _transfers(
+        self, send: tuple[np.ndarray, np.ndarray], recv: tuple[np.ndarray, np.ndarray], moving: np.ndarray
+    ) -> list[Transfer]:
+        """One rank's part in one all-to-all of each wave.
+
+        Args:
+            send, recv: numbers of pieces, and for each the peer. moving: per piece, whether any rank sends it.
+        """
         sides = []
-        for side in (send, recv):
-            counts = [0] * self.layout.world
-            by_peer: dict[int, list[Piece]] = defaultdict(list)
-            for peer, piece in side:
-                by_peer[peer].append(piece)
-                counts[peer] += piece.numel
-            sides.append((tuple(p for peer in sorted(by_peer) for p in by_peer[peer]), tuple(counts)))
+        for numbers, peers in (send, recv):
+            waves = self._wave_of[self.layout.columns.matrix[numbers]]
+            order = np.lexsort((numbers, peers, waves))
+            counts = np.zeros((len(self.waves), self.layout.world), np.int64)
+            np.add.at(counts, (waves, peers), self.layout.columns.numel[numbers])
+            pieces = self.layout.pieces_at(numbers[order])
+            ends = np.searchsorted(waves[order], np.arange(len(self.waves) + 1)).tolist()
+            sides.append(([pieces[a:b] for a, b in pairwise(ends)], map(tuple, counts.tolist())))
+        busy = set(self._wave_of[self.layout.columns.matrix[moving]].tolist())
         (sent, send_counts), (received, recv_counts) = sides
-        return Transfer(sent, received, send_counts, recv_counts, idle)
+        parts = zip(sent, received, send_counts, recv_counts, strict=True)
+        return [Transfer(*part, idle=wave not in busy) for wave, part in enumerate(parts)]
 
     def seconds(self, hardware: Hardware) -> float:
         """Estimate of one step's Newton-Schulz and exchange on the busiest rank, without overlap."""
@@ -192,20 +248,15 @@ class Plan:
     def explain(self) -> str:
         """A page for people: what is orthogonalized where, how balanced, and what travels."""
         layout, sent = self.layout, self.exchange_bytes_by_rank
-        per_rank = [0] * layout.world
-        for homes in self.homes:
-            for home in homes:
-                per_rank[home] += 1
-        copies = sum(map(len, self.homes))
-        shapes: dict[tuple[int, int], int] = defaultdict(int)
-        for matrix in layout.matrices:
-            shapes[matrix.logical_shape] += 1
+        per_rank = np.bincount(self._home_ranks[0], minlength=layout.world)
+        copies = per_rank.sum()
+        shapes = Counter(matrix.logical_shape for matrix in layout.matrices)
         lines = [
             f"plan: {len(layout.matrices)} matrices over {layout.world} ranks, strategy {self.strategy}, "
             f"{len(self.waves)} waves",
             f"  Newton-Schulz: {self.ns_flops_total / 1e12:.4g} TFLOP per step, busiest rank "
             f"{self.ns_max_over_ideal:.3f} x the ideal share, {copies - len(layout.matrices)} redundant runs",
-            f"  matrices per rank: {min(per_rank)} to {max(per_rank)}",
+            f"  matrices per rank: {per_rank.min()} to {per_rank.max()}",
             f"  exchange: {max(sent) / 2**20:.3f} MiB sent by the busiest rank, {sum(sent) / 2**20:.3f} MiB in all",
             "  shapes:",
         ]
@@ -252,23 +303,8 @@ def make_plan(
     if strategy == "gather":
         homes = all_holders(layout)
     else:
-        sizes = team_sizes(layout, newton_schulz, hardware) if teams else [1] * len(layout.matrices)
+        sizes = team_sizes(layout.matrices, layout.world, newton_schulz, hardware) if teams else []
         if max(sizes, default=1) > 1:
             layout = layout.with_teams(sizes)
         homes = one_home(layout, newton_schulz, busy)
-    waves = _waves(layout, homes, max(1, wave_bytes // newton_schulz.element_bytes))
-    return Plan(layout, strategy, newton_schulz, homes, waves)
-
-
-def _waves(layout: Layout, homes: Sequence[tuple[int, ...]], wave_numel: int) -> tuple[tuple[int, ...], ...]:
-    """Give every home about `wave_numel` elements per wave, in forward order, so that homes finish together."""
-    taken = [0] * layout.world
-    waves: dict[int, list[int]] = defaultdict(list)
-    # The blocks of a team belong into one wave: their ranks meet in its collectives.
-    for together in layout.together:
-        wave = max(taken[home] // wave_numel for block in together for home in homes[block])
-        for block in together:
-            for home in homes[block]:
-                taken[home] = max(taken[home], wave * wave_numel) + layout.matrices[block].numel
-            waves[wave].append(block)
-    return tuple(tuple(waves[wave]) for wave in sorted(waves))
+    return Plan(layout, strategy, newton_schulz, homes, max(1, wave_bytes // newton_schulz.element_bytes))
