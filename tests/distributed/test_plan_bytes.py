@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from distributed_muon.engine.sharded_muon import ShardedMuon
 from torch import Tensor, nn
 
 from distributed_muon import QKV, Conv, DistributedMuon, Experts, Split
 from distributed_muon.engine.collectives import Collectives, Pending
-from distributed_muon.engine.sharded_muon import ShardedMuon
 from distributed_muon.engine.timing import StepTimer
 from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.cutting import cut_buckets, make_buckets

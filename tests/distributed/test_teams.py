@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-
-from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.diagnostics import merge_measured
 from distributed_muon.engine.sharded_muon import ShardedMuon
+
+from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.timing import StepTimer
 from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.cutting import cut_buckets, make_buckets
