@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +15,7 @@ from torch import nn
 
 from distributed_muon.engine.agreement import Agreement
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.options import Options, as_groups, check_choice, parameter_names, tensor_spec
+from distributed_muon.engine.options import Options, as_groups, check_choice, nearest, parameter_names, tensor_spec
 from distributed_muon.engine.report import local_report, step_report
 from distributed_muon.engine.state import Member, OwnedParameter
 from distributed_muon.engine.step import ShardedStep
@@ -21,17 +24,25 @@ from distributed_muon.layout.plan import Plan
 from distributed_muon.native.buckets import FlatBucket
 from distributed_muon.native.gather import ParameterGatherer
 from distributed_muon.native.gradients import GradientReducer
+from distributed_muon.native.owners import refuse_shared_memory, take_over
 from distributed_muon.native.state_dict import export_state, import_state
+
+_NO_GRADIENT = "step() found no gradient of any parameter on any rank: nothing was updated"
+_ONE_SHARD = (
+    "state_dict() of DistributedMuon holds the shard of rank {} of {} only: save it on every rank, or use "
+    "distributed_muon.checkpoint.save()"
+)
 
 
 class DistributedMuon(torch.optim.Optimizer):
     """Muon with optimizer states and gradients partitioned over data-parallel ranks (ZeRO-1).
 
     The algorithm is section 2.3 of "Muon is Scalable for LLM Training" (arXiv 2502.16982) with one home
-    per matrix. Construct it after the model is on its device, on every rank with equal weights, and do
-    not wrap the model in DDP: gradients are reduce-scattered from hooks during the last backward of a
-    step. Construction, `step`, `clip_grad_norm_`, `step_report` and `gather_params` are collective over
-    `process_group`; `state_dict` and `load_state_dict` are not.
+    per matrix. Construct it after the model is on its device, on every rank, and do not wrap the model in
+    DDP: as there, all ranks start from rank 0's weights, and gradients are averaged by hooks during the last
+    backward of a step. They lie in flat buckets then; p.grad holds a stand-in (`native.standin`).
+    Construction, `step`, `clip_grad_norm_`, `gradient`, `step_report`, `gather_params` and `check_replicas` are
+    collective over `process_group`; `state_dict`, `load_state_dict` and `close` are not.
 
     Args:
         params: parameters or groups, as torch.optim takes them, best from `muon_param_groups(model)`.
@@ -47,6 +58,8 @@ class DistributedMuon(torch.optim.Optimizer):
         reduce_dtype: torch.float32 or torch.bfloat16, of the reduction; accumulation stays fp32.
         nonfinite: "raise" FloatingPointError on a gradient with inf or nan, or "skip" that step; the state is
             untouched either way. `GradScaler` skips by itself.
+        replica_check_every: steps between two comparisons of all parameters over the ranks (`check_replicas`);
+            0 for none.
         options: every other option of `engine.options.Options`: torch.optim.Muon's, AdamW's, and how
             matrices are orthogonalized.
 
@@ -66,6 +79,7 @@ class DistributedMuon(torch.optim.Optimizer):
         gradient_reduction: str = "reduce_scatter",
         reduce_dtype: torch.dtype = torch.float32,
         nonfinite: str = "raise",
+        replica_check_every: int = 1000,
         **options: Any,
     ) -> None:
         everywhere = Options.of({"lr": lr, **options})
@@ -79,10 +93,16 @@ class DistributedMuon(torch.optim.Optimizer):
             raise ValueError(f'reduce_dtype={reduce_dtype} with gradient_reduction="none": nothing is reduced here')
         self._sealed = False
         super().__init__(everywhere.complete(as_groups(params)), {})
+        # What schedulers look at: they cycle "momentum", which in AdamW groups is the first beta.
+        self.defaults = {key: getattr(everywhere, key) for key in ("lr", "weight_decay", "momentum")}
         self._sealed, self._nonfinite = True, nonfinite
         members = _members(self.param_groups, getattr(params, "order", {}))
         self._params: list[nn.Parameter] = [member.param for member in members]
-        self.collectives, device = Collectives(process_group), self._params[0].device
+        names = [member.spec.name for member in members]
+        refuse_shared_memory(zip(names, self._params, strict=True))
+        take_over(self._params, self)
+        _check_launch()
+        self.collectives, device = Collectives(process_group).apart(), self._params[0].device
         own = f"layout {layout}, bucket_mb {bucket_mb}, {gradient_reduction}, {reduce_dtype}, {nonfinite}"
         self._engine = ShardedStep(members, self.param_groups, everywhere, self.collectives, device, also=[own])
 
@@ -92,21 +112,26 @@ class DistributedMuon(torch.optim.Optimizer):
         shards = cut_buckets(buckets, [member.spec.numel for member in members], dp)
         reduces = gradient_reduction == "reduce_scatter"
         owned = {shard.tensor: shard for shard in shards[rank]}
-        with torch.no_grad():
-            self._buckets = [
-                FlatBucket(b, [owned[t] for t in b.tensors if t in owned], self._params, self.collectives, reduces)
-                for b in buckets
-            ]
+        self._buckets = [
+            FlatBucket(b, [owned[t] for t in b.tensors if t in owned], self._params, names, self.collectives, reduces)
+            for b in buckets
+        ]
+        self._start_from_first_rank(getattr(params, "model", lambda: None)())
         self._engine.attach(shards, [bucket.part for bucket in self._buckets if bucket.part.shards])
         self.state.update({p.param: p.state for p in self._engine.parameters})
         timer = self._engine.timer
-        self._reducer = GradientReducer(self._buckets, self._params, reduce_dtype, timer) if reduces else None
+        self._reducer = GradientReducer(self._buckets, self._params, names, reduce_dtype, timer) if reduces else None
         self._gatherer = ParameterGatherer(self._buckets, self._params, timer)
         last = self.plan.last_wave_by_tensor()
         self._last_wave = [max(last[tensor] for tensor in bucket.tensors) for bucket in buckets]
         self._agreement: Agreement | None = None
-        self._unscaled = self._behind_masters = False
-        self._clip, self._facts = 1.0, {}
+        self._unscaled = self._behind_masters = self._closed = False
+        self._clip, self._facts, self._steps = 1.0, {}, 0
+        self._places = [(name, *getattr(params, "places", {}).get(name, ({}, name))) for name in names]
+        self._replica_check_every, self._distributed = replica_check_every, dist.is_initialized()
+        kept = [part for part in (self._reducer, self._gatherer) if part is not None]
+        self._release = weakref.finalize(self, _release, kept, [self.collectives, *self._engine.teams.values()])
+        self._release.atexit = False
 
     @property
     def plan(self) -> Plan:
@@ -137,22 +162,23 @@ class DistributedMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._unscaled:
-            for p in self.sharded_parameters:
-                if p.param.dtype == torch.float16:
-                    raise ValueError(
-                        f"parameter {p.name!r} is float16: scale the loss with distributed_muon.GradScaler"
-                    )
+        half = next((p.name for p in self.sharded_parameters if p.param.dtype == torch.float16), None)
+        if half is not None and not self._unscaled:
+            raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
         agreement = self._agree()
         skipped = self._must_skip(agreement)
         if not skipped:
-            self._gatherer.adopt_outside_writes()
             self._engine.step(agreement.present, after_wave=self._start_gathers)
             if not self._gatherer.overlap:
                 self._gatherer.wait()
         if self._reducer is not None:
             self._reducer.restart()
+        if not any(agreement.present):
+            warnings.warn(_NO_GRADIENT, stacklevel=3)
         self._engine.close()
+        self._steps += 1
+        if self._replica_check_every and self._steps % self._replica_check_every == 0:
+            self.check_replicas()
         self._facts = {"grad_norm": agreement.norm, "skipped": skipped}
         self._forget_agreement()
         return loss
@@ -161,38 +187,57 @@ class DistributedMuon(torch.optim.Optimizer):
         """Finish the reduce-scatters, then one all-reduce: norms, present gradients, flags."""
         if self._agreement is not None:
             return self._agreement
-        self._gatherer.wait()
-        if self._behind_masters:  # unless the model was loaded since
-            self._behind_masters = self._behind()
-        stale = [True]
-        while any(stale):
-            written, stale = False, [False] * len(self._buckets)
-            if self._reducer is None:
-                has_gradient = [param.grad is not None for param in self._params]
+        problem, reducer = self._follow_model(), self._reducer
+        again = True
+        while again:
+            if reducer is None:
                 self._copy_averaged_gradients()
-            else:
-                self._reducer.finish()
-                has_gradient = [self._reducer.has_gradient(tensor) for tensor in range(len(self._params))]
-                written, stale = self._reducer.written_outside(), self._reducer.stale
-            agreement = self._engine.agree(has_gradient, [self._behind_masters, written, *stale])
-            behind, written, *stale = agreement.flags
-            if behind:
-                raise RuntimeError(
+            stale = [] if reducer is None else reducer.finish()
+            has_gradient = [param.grad is not None for param in self._params]
+            agreement = self._engine.agree(has_gradient, [problem is not None, *stale])
+            wrong, *stale = agreement.flags
+            if wrong:
+                raise RuntimeError(next(filter(None, self.collectives.gather_objects(problem))))
+            again = any(stale)
+            if again:
+                reducer.reduce_again([bucket for bucket, old in enumerate(stale) if old])
+        self._agreement = agreement
+        if reducer is not None:
+            reducer.closed = True
+        return agreement
+
+    def _follow_model(self) -> str | None:
+        """Take over what was written into the parameters or moved since the last step; no collective.
+
+        Returns:
+            What cannot be taken over, in words.
+        """
+        if self._closed:
+            return "this DistributedMuon was closed, or replaced by a newer one on the same parameters: use that one"
+        if dist.is_initialized() != self._distributed:
+            return "DistributedMuon was built before init_process_group() (or outlived it): build it after"
+        self._gatherer.wait()
+        for (name, held, leaf), param in zip(self._places, self._params, strict=True):
+            if held.get(leaf, param) is not param:
+                return (
+                    f"parameter {name!r} of the model was replaced by another nn.Parameter, as load_state_dict("
+                    "assign=True) does: load without assign, or build a new DistributedMuon"
+                )
+        try:
+            moved = [bucket.link_again() for bucket in self._buckets]
+        except RuntimeError as error:
+            return str(error)
+        if self._behind_masters and not any(moved):
+            self._behind_masters = any(bucket.part.behind() for bucket in self._buckets)
+            if self._behind_masters:
+                return (
                     "parameters differ from the masters that load_state_dict() restored: call "
                     "optimizer.gather_params() after loading, before the first forward"
                 )
-            if written:
-                raise RuntimeError(
-                    "p.grad was changed in place after backward had reduced it, so the change would be lost: use "
-                    "optimizer.clip_grad_norm_() or distributed_muon.GradScaler, or backward inside no_sync()"
-                )
-            if any(stale):
-                assert self._reducer is not None
-                self._reducer.reduce_again([bucket for bucket, again in enumerate(stale) if again])
-        self._agreement = agreement
-        if self._reducer is not None:
-            self._reducer.closed = True
-        return agreement
+        self._behind_masters = False
+        for bucket in self._buckets:
+            bucket.part.adopt()
+        return None
 
     def _must_skip(self, agreement: Agreement) -> bool:
         if agreement.nonfinite and self._nonfinite == "raise":
@@ -277,6 +322,8 @@ class DistributedMuon(torch.optim.Optimizer):
             The global norm of the raw mean gradient (unscaled if a GradScaler is used); inf or nan where
             a gradient is, and then nothing is scaled.
         """
+        if not max_norm >= 0:
+            raise ValueError(f"max_norm={max_norm} must be a number >= 0")
         norm = self._agree().norm
         factor = max_norm / (norm * self._clip + 1e-6)  # torch.nn.utils.clip_grad_norm_'s
         if factor < 1 and norm < float("inf"):
@@ -296,6 +343,26 @@ class DistributedMuon(torch.optim.Optimizer):
         agreement.rescale(inv_scale)
         self._unscaled = True
         return agreement.nonfinite
+
+    @torch.no_grad()
+    def gradient(self, name: str) -> torch.Tensor:
+        """The mean gradient of one parameter, whole; collective over the process group.
+
+        Args:
+            name: of the parameter, as `muon_param_groups` calls it.
+
+        Returns:
+            fp32, of the parameter's shape; zeros where no rank has a gradient.
+        """
+        self._agree()
+        record = next((p for p in self.sharded_parameters if p.name == name), None)
+        if record is None:
+            raise ValueError(
+                f"{name!r} is no parameter of this optimizer: {nearest(name, [n for n, *_ in self._places])}"
+            )
+        whole = torch.zeros(record.param.numel(), dtype=torch.float32, device=record.param.device)
+        whole[record.start : record.stop] = record.grad
+        return self.collectives.all_reduce(whole, counted=False).view(record.param.shape)
 
     def _scale_gradients(self, factor: float) -> None:
         for bucket in self._buckets:
@@ -319,7 +386,12 @@ class DistributedMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def gather_params(self) -> None:
-        """Rebuild every parameter from the masters of all ranks; collective over the process group."""
+        """Rebuild every parameter from the masters of all ranks; collective over the process group.
+
+        Values written into the parameters since the last step are kept, unless masters were restored since.
+        """
+        if not self._behind_masters:
+            self._adopt()
         self._gatherer.wait()
         for index in range(len(self._buckets)):
             self._gatherer.start(index)
@@ -327,11 +399,44 @@ class DistributedMuon(torch.optim.Optimizer):
         self._behind_masters = False
 
     @torch.no_grad()
-    def resync_masters(self) -> None:
-        """Take over values written through `p.data`; writes into `p` itself are noticed at the next step."""
+    def check_replicas(self) -> None:
+        """Raise a RuntimeError that names the first parameter whose bits differ between ranks, and where; collective."""
+        self._gatherer.wait()
+        bits = {2: torch.int16, 4: torch.int32}
+        sums = [p.detach().reshape(-1).view(bits[p.element_size()]).sum(dtype=torch.int64) for p in self._params]
+        mine = torch.stack(sums)
+        extremes = self.collectives.all_reduce(torch.cat([mine, -mine]), maximum=True, counted=False).view(2, -1)
+        for number in (extremes[0] != -extremes[1]).nonzero().flatten().tolist()[:1]:
+            everyone = self.collectives.gather_objects(mine[number].item())
+            rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
+            raise RuntimeError(
+                f"parameter {self._places[number][0]!r} differs between ranks 0 and {rank}: one of them computes or "
+                "remembers wrongly, or was written to by itself; resume from a checkpoint"
+            )
+
+    def _adopt(self) -> None:
+        problem = self._follow_model()
+        if problem is not None:
+            raise RuntimeError(problem)
+
+    def _start_from_first_rank(self, model: nn.Module | None) -> None:
+        """Let all ranks have rank 0's parameters and buffers, as DDP does; collective."""
         for bucket in self._buckets:
+            self.collectives.broadcast(bucket.flat)
             bucket.part.adopt()
-        self._behind_masters = False
+        for buffer in model.buffers() if model is not None else ():
+            buffer.copy_(self.collectives.broadcast(buffer.contiguous()))
+
+    def close(self) -> None:
+        """Take hooks and stand-ins off the parameters and give the process groups back; the optimizer ends here.
+
+        Called when the optimizer goes out of use, and when a newer one is built on any of its parameters. The
+        parameters stay as they are.
+        """
+        if not self._closed:
+            self._gatherer.wait()
+            self._release()
+            self._closed = True
 
     # ---- state ---------------------------------------------------------------------------------------
 
@@ -340,7 +445,16 @@ class DistributedMuon(torch.optim.Optimizer):
 
         `checkpoint.save` writes what any number of ranks can load.
         """
-        return export_state(self.sharded_parameters, self.param_groups, *self._place)
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        if not self._behind_masters:
+            self._adopt()
+        state = export_state(self.sharded_parameters, self.param_groups, *self._place)
+        if self.collectives.size > 1:
+            warnings.warn(_ONE_SHARD.format(*self._place), stacklevel=2)
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            state = hook(self, state) or state
+        return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -352,13 +466,13 @@ class DistributedMuon(torch.optim.Optimizer):
         Raises:
             ValueError: the state belongs to another rank, world size or set of parameters.
         """
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict
         import_state(self.sharded_parameters, self.param_groups, *self._place, state_dict)
         self._engine.rebind()
-        self._behind_masters = self._behind()
-
-    def _behind(self) -> bool:
-        """Whether elements of a parameter on this rank do not follow from the masters."""
-        return any(bucket.part.behind() for bucket in self._buckets)
+        self._behind_masters = any(bucket.part.behind() for bucket in self._buckets)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -371,6 +485,29 @@ class DistributedMuon(torch.optim.Optimizer):
                 "add_param_group() after construction: the shards are fixed; build a new DistributedMuon"
             )
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "DistributedMuon can neither be copied nor pickled, for it holds hooks and process groups: copy the model "
+            "and build another, or save with checkpoint.save()"
+        )
+
+
+def _release(parts: Sequence[GradientReducer | ParameterGatherer], collectives: Sequence[Collectives]) -> None:
+    for part in parts:
+        part.remove()
+    for own in collectives:
+        own.close()
+
+
+def _check_launch() -> None:
+    """Refuse to train alone in a job of several processes."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        raise RuntimeError(
+            f"WORLD_SIZE is {world} but torch.distributed is not initialized, so every rank would train alone: call "
+            "torch.distributed.init_process_group() before DistributedMuon"
+        )
 
 
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:

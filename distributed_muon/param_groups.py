@@ -13,6 +13,7 @@ always shows what the optimizer does.
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -73,12 +74,23 @@ class ParamGroups(list[dict[str, Any]]):
     """Parameter groups that know in which order the model registers their parameters.
 
     Args:
-        groups: as torch.optim takes them. order: parameter name -> its place, so that buckets follow the backward.
+        groups: as torch.optim takes them. model: of the parameters.
+        names: of the model's parameters, in order, so that buckets follow the backward.
+
+    Attributes:
+        order: parameter name -> its number in the model.
+        places: parameter name -> (the dictionary its module keeps it in, the name there), to notice a parameter that
+            was replaced. model: weak reference.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], order: Mapping[str, int]) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], model: nn.Module, names: Iterable[str]) -> None:
         super().__init__(groups)
-        self.order = order
+        self.order = {name: position for position, name in enumerate(names)}
+        self.places: dict[str, tuple[dict[str, Any], str]] = {}
+        for name in self.order:
+            module, _, leaf = name.rpartition(".")
+            self.places[name] = (model.get_submodule(module)._parameters, leaf)
+        self.model = weakref.ref(model)
 
 
 def muon_param_groups(
@@ -109,10 +121,10 @@ def muon_param_groups(
         ValueError: no parameter goes to Muon; a parameter is sharded or flattened; an override matches
             nothing or does not fit; a fused parameter whose parts cannot be told.
     """
-    order: dict[str, int] = {}
+    names: list[str] = []
     muon_groups: dict[MatrixRule, dict[str, Any]] = {}
     adamw_groups: dict[bool, dict[str, Any]] = {}
-    for position, (name, param, decision) in enumerate(_decide(model, overrides or {})):
+    for name, param, decision in _decide(model, overrides or {}):
         if decision.algorithm == "undecided":
             raise ValueError(f"parameter {name!r}: {decision.reason}")
         if decision.algorithm == "frozen":
@@ -127,13 +139,13 @@ def muon_param_groups(
             decay = {"weight_decay": vector_weight_decay} if apart else {}
             group = adamw_groups.setdefault(apart, {"params": [], "algorithm": "adamw", **(adamw or {}), **decay})
         group["params"].append((name, param))
-        order[name] = position
+        names.append(name)
     if not muon_groups:
         raise ValueError(
             "model has no parameter for Muon: every one is a vector, an embedding, a head or frozen; "
             "see `python -m distributed_muon audit`, then say what is a matrix with overrides={pattern: 'muon'}"
         )
-    return ParamGroups([*muon_groups.values(), *adamw_groups.values()], order)
+    return ParamGroups([*muon_groups.values(), *adamw_groups.values()], model, names)
 
 
 def audit(

@@ -43,10 +43,11 @@ class Agreement:
             element is.
         present: per tensor, whether any rank has a gradient.
         flags: per flag, whether any rank raised it.
+        same_options: whether all ranks brought the same options, as far as 16 bits of a hash can tell in one step.
     """
 
-    def __init__(self, square: float, present: list[bool], flags: list[bool]) -> None:
-        self.square, self.present, self.flags = square, present, flags
+    def __init__(self, square: float, present: list[bool], flags: list[bool], same_options: bool) -> None:
+        self.square, self.present, self.flags, self.same_options = square, present, flags, same_options
 
     @staticmethod
     def reach(
@@ -54,6 +55,7 @@ class Agreement:
         grads: Sequence[Tensor],
         has_gradient: Sequence[bool],
         flags: Sequence[bool],
+        options: Sequence[str],
         device: torch.device,
     ) -> Agreement:
         """Sum every rank's view; collective over the data-parallel group.
@@ -61,15 +63,19 @@ class Agreement:
         Args:
             grads: fp32 mean gradients of this rank's shards, padding excluded.
             has_gradient: per tensor, on this rank. flags: anything that must lead to one decision.
+            options: what must be equal on all ranks.
         """
+        code = int(hashlib.sha256("\n".join(options).encode()).hexdigest()[:4], 16)
         # fp64 sums where the device has it, so that squares of fp32's largest numbers do not overflow.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        view = torch.tensor([0, *has_gradient, *flags], dtype=wide).to(device)
+        view = torch.tensor([0, code, code * code, *has_gradient, *flags], dtype=wide).to(device)
         if grads:
             view[0] = torch.stack(torch._foreach_norm(grads, 2, dtype=wide)).square().sum()
-        square, *counts = collectives.all_reduce(view).tolist()
+        square, codes, squares, *counts = collectives.all_reduce(view).tolist()
         raised = [count > 0 for count in counts]
-        return Agreement(square, raised[: len(has_gradient)], raised[len(has_gradient) :])
+        # Numbers whose squares add up to N times the square of their mean are all the same.
+        same = squares * collectives.size == codes * codes
+        return Agreement(square, raised[: len(has_gradient)], raised[len(has_gradient) :], same)
 
     @property
     def norm(self) -> float:

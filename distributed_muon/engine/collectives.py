@@ -70,6 +70,7 @@ class Collectives:
         self.sent_bytes: Counter[str] = Counter()
         self.timer: StepTimer | None = None
         self._label: str | None = None
+        self._own = False
         self._direct = initialized and dist.get_backend(group) == "gloo"
 
     def reduce_scatter(self, output: Tensor, input: Tensor) -> Pending:
@@ -154,6 +155,12 @@ class Collectives:
                 dist.all_reduce(tensor, op, group=self.group)
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values of a contiguous tensor, in place; not counted, for use at construction only."""
+        if self.size > 1:
+            dist.broadcast(tensor, group=self.group, group_src=0)
+        return tensor
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Every rank's `value` (picklable), by rank; not counted, for use at construction only."""
         if self.size == 1:
@@ -172,16 +179,55 @@ class Collectives:
             ).wait()
             self.sent_bytes.clear()
 
-    def subgroup(self, ranks: Sequence[int], label: str) -> Collectives:
-        """Collectives among some ranks of this group, all timed as `label`.
+    def apart(self) -> Collectives:
+        """Collectives over the same ranks on a process group of their own, whose traffic meets no one else's.
 
-        Called by exactly these ranks, in the same order.
+        Called by all ranks of this group. `close()` gives the group back.
+        """
+        everyone = tuple(range(self.size))
+        return self.subgroups([everyone])[everyone] if self.size > 1 else Collectives(self.group)
+
+    def subgroups(self, teams: Sequence[tuple[int, ...]], label: str | None = None) -> dict[Any, Collectives]:
+        """Collectives over process groups of their own, of those of `teams` that this rank is in.
+
+        Called by all ranks of this group with the same teams.
+
+        Args:
+            teams: ranks of this group. label: what everything is timed as.
+
+        Returns:
+            By team.
         """
         group = self.group if self.group is not None else dist.group.WORLD
-        members = [dist.get_global_rank(group, rank) for rank in ranks]
-        part = Collectives(dist.new_group(members, use_local_synchronization=True))
-        part.timer, part._label = self.timer, label
-        return part
+        whole = self.size == dist.get_world_size()
+        if not whole:
+            self._align_group_names()
+        out = {}
+        for ranks in teams:
+            if whole or self.rank in ranks:
+                members = [dist.get_global_rank(group, rank) for rank in ranks]
+                made = dist.new_group(members, use_local_synchronization=not whole)
+                if self.rank in ranks:
+                    part = out[ranks] = Collectives(made)
+                    part.timer, part._label, part._own = self.timer, label, True
+        return out
+
+    def _align_group_names(self) -> None:
+        """Let ranks that are in different numbers of process groups agree on the name of the next one.
+
+        torch names a group that only its members make by the ranks and by how many groups the process is in, so a
+        user's own `new_group([0, 2])` would let ranks wait for each other under different names. Groups of one rank
+        bring all to the same number.
+        """
+        count = len(dist.distributed_c10d._world.pg_names)
+        for _ in range(max(self.gather_objects(count)) - count):
+            dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+    def close(self) -> None:
+        """Give back the process group, where it is this object's own; not collective."""
+        if self._own and dist.is_initialized():
+            dist.destroy_process_group(self.group)
+        self._own = False
 
     def _others(self) -> list[int]:
         return [peer for peer in range(self.size) if peer != self.rank]

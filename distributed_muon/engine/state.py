@@ -12,6 +12,8 @@ from torch import Tensor
 from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Shard
 
+# Elements compared at a time, so that temporaries stay small beside a bucket.
+_CHUNK = 1 << 22
 MOMENTS = {"muon": ("momentum_buffer",), "adamw": ("exp_avg", "exp_avg_sq")}
 
 
@@ -68,8 +70,8 @@ class Part:
         An element whose rounded master equals the parameter keeps the master's full precision.
         """
         if self.has_copies:
-            kept = self.master.to(self.values.dtype) == self.values
-            self.master.copy_(torch.where(kept, self.master, self.values.float()))
+            for master, values in zip(self.master.split(_CHUNK), self.values.split(_CHUNK), strict=True):
+                master.copy_(torch.where(master.to(values.dtype) == values, master, values.float()))
 
     def publish(self) -> None:
         """Round the masters into the parameters' own elements."""

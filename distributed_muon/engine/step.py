@@ -88,7 +88,7 @@ class ShardedStep:
         tp_ranks: Sequence[int] | None = None,
         busy: Sequence[int] = (),
     ) -> None:
-        """Plan over the domain and allocate moments; no collective but for the groups of teams.
+        """Plan over the domain and allocate moments; collective over the domain.
 
         Args:
             shards: per domain rank, what it holds; this rank's are those of `parts`, in their order.
@@ -111,8 +111,8 @@ class ShardedStep:
         self._schedule = self.plan.schedule(self.collectives.rank)
         sizes = [_slot_sizes(self.plan, wave) for wave in self._schedule]
         self._workspace = Workspace(sizes, options.ns_dtype, self.device)
-        teams = dict.fromkeys(self.plan.teams[block] for wave in self._schedule for block in wave.blocks)
-        self.teams = {ranks: self.collectives.subgroup(ranks, "team") for ranks in teams}
+        teams = list(dict.fromkeys(self.plan.teams.values()))
+        self.teams = self.collectives.subgroups(teams, "team") if teams else {}
         self.rebind()
 
     # ---- one step --------------------------------------------------------------------------------------
@@ -199,7 +199,8 @@ class ShardedStep:
                     run.moments["exp_avg_sq"],
                     run.steps,
                     lr=float(group["lr"]),
-                    betas=tuple(group["betas"]),
+                    # Schedulers that cycle momentum write it into every group; AdamW's is its first beta.
+                    betas=(group.get("momentum", group["betas"][0]), group["betas"][1]),
                     eps=group["eps"],
                     weight_decay=group["weight_decay"],
                 )
@@ -238,10 +239,17 @@ class ShardedStep:
 
         Args:
             has_gradient: per tensor, on this rank. flags: anything that must lead to one decision.
+
+        Raises:
+            RuntimeError: options of parameter groups, such as a scheduled lr, differ between ranks.
         """
         with self.timer("agreement"):
             whole = self._bind((True,) * len(self.members)).shard_gradients
-            return Agreement.reach(self.collectives, whole, has_gradient, flags, self.device)
+            options = [f"group {i} {describe_group(group)}" for i, group in enumerate(self.param_groups)]
+            agreement = Agreement.reach(self.collectives, whole, has_gradient, flags, options, self.device)
+        if not agreement.same_options:
+            check_same_everywhere(self.collectives, options)
+        return agreement
 
     def nonfinite(self) -> list[str]:
         """Names of the parameters whose gradient has an inf or nan on any rank; collective over the domain."""

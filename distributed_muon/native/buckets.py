@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.engine.state import Part
@@ -18,12 +18,12 @@ class FlatBucket:
 
     Args:
         spec: where each tensor lies. shards: of this rank in it.
-        params: all parameters, indexed by the spec's tensor numbers; those of this bucket become views of `flat`.
+        params, names: of all parameters, indexed by the spec's tensor numbers; those of this bucket are linked.
         collectives: of the data-parallel group. own_gradients: whether to keep a flat gradient; False
             where a wrapper already averages p.grad.
 
     Attributes:
-        flat: (numel,) parameter dtype. grad: (numel,) fp32 local gradient sums, or None.
+        flat: (numel,) parameter dtype, the memory of the parameters. grad: (numel,) fp32 local gradient sums, or None.
         part: this rank's (numel / dp,) masters, values and mean gradient.
     """
 
@@ -32,23 +32,64 @@ class FlatBucket:
         spec: Bucket,
         shards: Sequence[Shard],
         params: Sequence[nn.Parameter],
+        names: Sequence[str],
         collectives: Collectives,
         own_gradients: bool,
     ) -> None:
         self.spec, self._collectives = spec, collectives
-        first, size = params[spec.tensors[0]], spec.numel // collectives.size
+        self._members = [(params[tensor], names[tensor], at) for tensor, at in zip(*spec[:2], strict=True)]
+        first, size = self._members[0][0], spec.numel // collectives.size
         self.flat = torch.zeros(spec.numel, dtype=first.dtype, device=first.device)
-        for tensor, offset in zip(spec.tensors, spec.offsets, strict=True):
-            param = params[tensor]
-            view = self.flat.narrow(0, offset, param.numel()).view(param.shape)
-            view.copy_(param.detach())
-            param.data = view
+        self._places: list[int] = [0] * len(self._members)
+        for number in range(len(self._members)):
+            self._link(number)
         begin = collectives.rank * size
         place = dict(zip(spec.tensors, spec.offsets, strict=True))
         offsets = [place[shard.tensor] + shard.start - begin for shard in shards]
         grad = torch.zeros(size, dtype=torch.float32, device=first.device)
         self.part = Part.over(shards, offsets, self.flat.narrow(0, begin, size), grad)
         self.grad = torch.zeros(spec.numel, dtype=torch.float32, device=first.device) if own_gradients else None
+
+    @torch.no_grad()
+    def _link(self, number: int) -> None:
+        """Copy a parameter's values into the bucket and give it that memory, as a tensor of its own.
+
+        A view would share its storage with all parameters of the bucket, and savers take what shares storage for
+        tied weights. Through DLPack the parameter gets a storage of its own over the same memory.
+        """
+        param, _, offset = self._members[number]
+        view = self.flat.narrow(0, offset, param.numel()).view(param.shape)
+        view.copy_(param)
+        param.data = torch.from_dlpack(view)
+        self._places[number] = param.data_ptr()
+
+    def link_again(self) -> bool:
+        """Take back parameters that were given other memory, with the values they have there.
+
+        Returns:
+            Whether there were any.
+
+        Raises:
+            RuntimeError: a parameter was moved to another dtype, device or shape.
+        """
+        moved = False
+        for number, (param, name, _) in enumerate(self._members):
+            if param.data_ptr() == self._places[number] and param.dtype == self.flat.dtype:
+                continue
+            if param.dtype != self.flat.dtype or param.device != self.flat.device:
+                raise RuntimeError(
+                    f"parameter {name!r} is now {param.dtype} on {param.device}, the optimizer was built for "
+                    f"{self.flat.dtype} on {self.flat.device}: move the model first, then build DistributedMuon"
+                )
+            self._link(number)
+            moved = True
+        return moved
+
+    def gradient_views(self) -> Iterator[tuple[int, Tensor]]:
+        """(tensor number, its flat gradient in the parameter's shape)."""
+        assert self.grad is not None
+        for tensor, (param, _, offset) in zip(self.spec.tensors, self._members, strict=True):
+            yield tensor, self.grad.narrow(0, offset, param.numel()).view(param.shape)
 
     def reduce_scatter(self, dtype: torch.dtype) -> Pending:
         """Start `part.grad` = mean over ranks of `grad`, summed in `dtype`; collective over the DP group."""

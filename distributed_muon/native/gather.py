@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from distributed_muon.engine.collectives import Pending
 from distributed_muon.engine.timing import StepTimer
@@ -12,10 +14,10 @@ from distributed_muon.native.buckets import FlatBucket
 
 
 class ParameterGatherer:
-    """All-gathers updated buckets, now or under the next forward, and notices writes by others.
+    """All-gathers updated buckets, now or under the next forward.
 
     Args:
-        buckets, params: as for GradientReducer. timer: waits are added to its "all_gather_wait".
+        buckets: all. params: by tensor number. timer: waits are added to its "all_gather_wait".
 
     Attributes:
         overlap: whether `attach()` was called, so that a step may return with gathers under way.
@@ -24,41 +26,68 @@ class ParameterGatherer:
     def __init__(self, buckets: Sequence[FlatBucket], params: Sequence[nn.Parameter], timer: StepTimer) -> None:
         self._buckets, self._params, self._timer = buckets, params, timer
         self._pending: dict[int, Pending] = {}
-        self._versions = [param._version for param in params]
+        self._hooks: list[RemovableHandle] = []
         self.overlap = False
 
     def start(self, index: int) -> None:
         """Start the all-gather of one bucket; collective over the DP group."""
         self._pending[index] = self._buckets[index].all_gather()
 
+    @torch.compiler.disable
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the buckets' all-gathers that are under way, all of them if None."""
+        if not self._pending:
+            return
         with self._timer("all_gather_wait"):
             for index in list(self._pending) if indices is None else indices:
                 if index in self._pending:
                     self._pending.pop(index).wait()
 
     def attach(self, model: nn.Module) -> None:
-        """Let every module of `model` wait for its own parameters before its forward.
+        """Let every block of `model` wait for the parameters in it before its forward.
 
-        Parameters of a container without a forward of its own belong to the module around it.
+        A block is an entry of the outermost nn.ModuleList or nn.ModuleDict; what lies outside of blocks is waited for
+        by the model's own forward. So a block may read its children's weights in any way, not only through their
+        forwards (nn.MultiheadAttention and nn.TransformerEncoderLayer do). `model.state_dict()` waits for all.
+
+        Raises:
+            ValueError: a module was compiled already, and would not see the hooks.
         """
+        for name, module in model.named_modules():
+            if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+                raise ValueError(
+                    f"module {name or 'model'!r} was compiled before overlap_param_gather(), so it would not wait for "
+                    "its parameters: call overlap_param_gather() first, then torch.compile"
+                )
         bucket_of = {id(self._params[t]): i for i, b in enumerate(self._buckets) for t in b.spec.tensors}
-
-        def walk(module: nn.Module, user: nn.Module) -> None:
-            user = user if type(module).forward is nn.Module.forward else module
-            needs = sorted({bucket_of[id(p)] for p in module.parameters(recurse=False) if id(p) in bucket_of})
+        for block, members in _blocks(model):
+            needs = sorted({bucket_of[id(p)] for m in members for p in m.parameters(False) if id(p) in bucket_of})
             if needs:
-                user.register_forward_pre_hook(lambda *_: self.wait(needs))
-            for child in module.children():
-                walk(child, user)
-
-        walk(model, model)
+                self._hooks.append(block.register_forward_pre_hook(lambda *_, needs=needs: self.wait(needs)))
+        self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self.wait()))
         self.overlap = True
 
-    def adopt_outside_writes(self) -> None:
-        """Let masters follow parameters written by others since the last step, such as a loaded model."""
-        for bucket in self._buckets:
-            if any(self._params[t]._version != self._versions[t] for t in bucket.spec.tensors):
-                bucket.part.adopt()
-        self._versions = [param._version for param in self._params]
+    def remove(self) -> None:
+        """Take the hooks off the model."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Modules whose forward is entered before anything in them is used, each with all modules it stands for."""
+    outside: list[nn.Module] = []
+    blocks: list[nn.Module] = []
+
+    def walk(module: nn.Module) -> None:
+        outside.append(module)
+        for child in module.children():
+            entered = type(child).forward is not nn.Module.forward
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and entered:
+                blocks.append(child)
+            else:
+                walk(child)
+
+    walk(model)
+    yield model, outside
+    for block in blocks:
+        yield block, list(block.modules())

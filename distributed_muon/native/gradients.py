@@ -1,7 +1,13 @@
-"""Gradients on their way from autograd to shards: accumulated in flat buckets, reduce-scattered under the backward."""
+"""Gradients on their way from autograd to shards: accumulated in flat fp32 buckets, reduce-scattered under the backward.
+
+Two hooks per parameter: before autograd accumulates, p.grad is cleared of its stand-in, so that autograd just puts
+the new gradient there; afterwards the new gradient is added to the bucket and the stand-in returns. When the last
+gradient of a bucket has landed in the last microbatch, its reduce-scatter starts, always in bucket order.
+"""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,157 +16,193 @@ from torch import Tensor, nn
 from distributed_muon.engine.collectives import Pending
 from distributed_muon.engine.timing import StepTimer
 from distributed_muon.native.buckets import FlatBucket
+from distributed_muon.native.standin import MovedGradient
 
-# Reduce-scatters under way at a time: one travels while the next is packed. Each holds a copy of its bucket where
-# it is reduced in bf16 or by messages, so that all of them together would be as large as the model.
-_MOST_IN_FLIGHT = 2
+# Reduce-scatters in bf16 under way at a time: each holds a 16-bit copy of its bucket, all together half the model's
+# gradients. Those in fp32 send the bucket itself and need no limit.
+_MOST_COPIES = 2
 
 
 class GradientReducer:
-    """Accumulates p.grad into the flat buckets and reduce-scatters each once per step.
+    """Moves p.grad into the flat buckets and reduce-scatters each once per step.
 
     Args:
-        buckets: in reduction order. params: all parameters by tensor number.
+        buckets: in reduction order. params, names: all parameters by tensor number.
         dtype: fp32 or bf16, of the reduction; accumulation over microbatches is fp32.
         timer: waits are added to its "reduce_scatter_wait".
 
     Attributes:
         syncing: False inside no_sync(): gradients only accumulate.
         closed: True once the ranks agreed on this step's gradients: none may arrive any more.
-        stale: per bucket, whether gradients arrived after its reduce-scatter (a second backward
-            outside no_sync()); such buckets must be reduced again, on every rank.
     """
 
     def __init__(
         self,
         buckets: Sequence[FlatBucket],
         params: Sequence[nn.Parameter],
+        names: Sequence[str],
         dtype: torch.dtype,
         timer: StepTimer,
     ) -> None:
-        self._buckets, self._params, self._dtype, self._timer = buckets, params, dtype, timer
+        self._buckets, self._params, self._names, self._dtype, self._timer = buckets, params, names, dtype, timer
         self.syncing = True
         self._views: dict[int, Tensor] = {}
         self._bucket_of: dict[int, int] = {}
         for index, bucket in enumerate(buckets):
-            assert bucket.grad is not None
-            for tensor, offset in zip(bucket.spec.tensors, bucket.spec.offsets, strict=True):
-                self._bucket_of[tensor] = index
-                self._views[tensor] = bucket.grad.narrow(0, offset, params[tensor].numel()).view(params[tensor].shape)
-        for tensor, param in enumerate(params):
-            param.register_post_accumulate_grad_hook(self._hook(tensor))
-        self.reset()
+            for tensor, view in bucket.gradient_views():
+                self._bucket_of[tensor], self._views[tensor] = index, view
+        self._moved = [
+            MovedGradient(p, n, self._zeroing(t)) for t, (p, n) in enumerate(zip(params, names, strict=True))
+        ]
+        self._accumulating = [False] * len(params)
+        self._pending: dict[int, Pending] = {}
+        self._hooks = [hook for tensor in range(len(params)) for hook in self._attach(tensor)]
+        self.restart()
 
-    def has_gradient(self, tensor: int) -> bool:
-        """Whether this rank has a gradient of the tensor since the last zero_grad()."""
-        return self._params[tensor].grad is not None or self._drained[tensor]
+    # ---- hooks -----------------------------------------------------------------------------------------
 
-    def written_outside(self) -> bool:
-        """Whether a p.grad was written or replaced after it was reduced: the change would be lost."""
-        replaced = any(
-            param.grad is not None and param.grad.data_ptr() != self._views[tensor].data_ptr()
-            for tensor, param in enumerate(self._params)
-        )
-        return replaced or self._versions != self._flat_versions()
+    def _attach(self, tensor: int) -> tuple[torch.utils.hooks.RemovableHandle, ...]:
+        # The hooks live as long as the parameter; they must not keep the reducer alive with them.
+        own, param = weakref.ref(self), self._params[tensor]
 
-    def _flat_versions(self) -> list[int]:
-        # Every fp32 p.grad is a view of its bucket's flat gradient and shares its version counter.
-        return [bucket.grad._version for bucket in self._buckets if bucket.grad is not None]
+        def before(grad: Tensor) -> None:
+            if (reducer := own()) is not None:
+                reducer._before(tensor)
 
-    def _hook(self, tensor: int) -> Callable[[nn.Parameter], None]:
-        def accumulate(param: nn.Parameter) -> None:
-            if self.closed:
-                raise RuntimeError(
-                    "backward between clip_grad_norm_() or unscale_() and step(): its gradients would be lost; "
-                    "run all microbatches first, or call zero_grad() to start over"
-                )
-            self._absorb(tensor)
-            if self.syncing:
-                self._arrived(tensor)
+        def after(param: nn.Parameter) -> None:
+            if (reducer := own()) is not None:
+                reducer._after(tensor)
 
-        return accumulate
+        return param.register_hook(before), param.register_post_accumulate_grad_hook(after)
 
-    @torch.no_grad()
-    def _absorb(self, tensor: int) -> None:
-        """Move p.grad into the flat gradient; p.grad becomes its view (fp32) or None (other dtypes)."""
-        param, view = self._params[tensor], self._views[tensor]
-        grad = param.grad
-        if grad is None or grad.data_ptr() == view.data_ptr():
-            return
-        if self._drained[tensor]:  # earlier microbatches are in the flat gradient already
-            view.add_(grad)
-        else:
-            view.copy_(grad)
-        if grad.dtype == view.dtype:
-            param.grad = view
-        else:
+    def _before(self, tensor: int) -> None:
+        param = self._params[tensor]
+        self._accumulating[tensor] = param.grad is self._moved[tensor]
+        if self._accumulating[tensor]:
             param.grad = None
-            self._drained[tensor] = True
 
-    def _arrived(self, tensor: int) -> None:
-        if not self._callback_queued:
-            # At the end of this backward every bucket is on its way and waited for: no later backward
-            # writes into a gradient that is being sent, and ranks that miss a gradient do not lag behind.
-            self._callback_queued = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_done)
-        bucket = self._bucket_of[tensor]
-        if bucket < self._launched:
-            self.stale[bucket] = True
-            self._versions[bucket] = self._flat_versions()[bucket]  # autograd's own write, to be reduced again
+    def _after(self, tensor: int) -> None:
+        if self.closed:
+            raise RuntimeError(
+                "backward between clip_grad_norm_() or unscale_() and step(): its gradients would be lost; "
+                "run all microbatches first, or call zero_grad() to start over"
+            )
+        self._absorb(tensor)
+        if not self.syncing:
             return
-        self._missing[bucket].discard(tensor)
+        index = self._bucket_of[tensor]
+        if index < self._launched:
+            self._stale[index] = True
+            return
+        self._missing[index].discard(tensor)
         while self._launched < len(self._buckets) and not self._missing[self._launched]:
             self._launch(self._launched)
 
     @torch.no_grad()
+    def _absorb(self, tensor: int) -> None:
+        """Move p.grad, where it is a gradient, into the flat gradient; the stand-in takes its place."""
+        param, view = self._params[tensor], self._views[tensor]
+        grad = param.grad
+        if grad is None or grad is self._moved[tensor]:
+            return
+        if grad.layout != torch.strided:
+            raise RuntimeError(
+                f"parameter {self._names[tensor]!r} has a sparse gradient: build its embedding with sparse=False"
+            )
+        if (pending := self._pending.get(self._bucket_of[tensor])) is not None:
+            pending.wait()  # the view is being sent
+        if self._accumulating[tensor]:  # earlier microbatches are in the flat gradient already
+            view.add_(grad)
+        else:
+            view.copy_(grad)
+        self._accumulating[tensor] = False
+        param.grad = self._moved[tensor]
+
+    def _zeroing(self, tensor: int) -> Callable[[], None]:
+        own = weakref.ref(self)
+
+        def zero() -> None:
+            if (reducer := own()) is not None:
+                reducer._params[tensor].grad = torch.zeros_like(reducer._params[tensor])
+
+        return zero
+
+    # ---- reduction -------------------------------------------------------------------------------------
+
+    def has_gradient(self, tensor: int) -> bool:
+        """Whether this rank has a gradient of the tensor since the last zero_grad()."""
+        return self._params[tensor].grad is not None
+
+    @torch.no_grad()
     def _launch(self, index: int) -> None:
+        if (before := self._pending.pop(index, None)) is not None:
+            before.wait()
         bucket = self._buckets[index]
         for tensor in bucket.spec.tensors:
             self._absorb(tensor)
-            if not self.has_gradient(tensor):
+            self._sent[tensor] = self.has_gradient(tensor)
+            if not self._sent[tensor]:
                 self._views[tensor].zero_()
-        if len(self._pending) == _MOST_IN_FLIGHT:
-            with self._timer("reduce_scatter_wait"):
-                self._pending.pop(0).wait()
-        self._pending.append(bucket.reduce_scatter(self._dtype))
+        if self._dtype != torch.float32 and len(self._pending) == _MOST_COPIES:
+            self._wait(next(iter(self._pending)))
+        self._pending[index] = bucket.reduce_scatter(self._dtype)
         self._launched = max(self._launched, index + 1)
+        self._stale[index] = False
 
-    def _backward_done(self) -> None:
-        self._callback_queued = False
-        self.finish()
+    def _wait(self, index: int) -> None:
+        with self._timer("reduce_scatter_wait"):
+            self._pending.pop(index).wait()
 
-    @torch.no_grad()
-    def finish(self) -> None:
-        """Start what has not started and wait for all; collective over the DP group, in bucket order."""
+    def finish(self) -> list[bool]:
+        """Start what has not started and wait for all; collective over the DP group, in bucket order.
+
+        Returns:
+            Per bucket, whether gradients arrived, went or were replaced after it was reduced; such buckets must be
+            reduced again, on every rank.
+        """
         while self._launched < len(self._buckets):
             self._launch(self._launched)
-        with self._timer("reduce_scatter_wait"):
-            for pending in self._pending:
-                pending.wait()
-        if self._pending:
-            self._versions = self._flat_versions()
-        self._pending.clear()
+        for index in list(self._pending):
+            self._wait(index)
+        for tensor, param in enumerate(self._params):
+            kept = param.grad is self._moved[tensor]
+            if kept != self._sent[tensor] or (param.grad is not None and not kept):
+                self._stale[self._bucket_of[tensor]] = True
+        return list(self._stale)
 
     def reduce_again(self, buckets: Sequence[int]) -> None:
         """Repeat the reduce-scatter of the buckets that are stale on any rank."""
         for bucket in buckets:
             self._launch(bucket)
-            self.stale[bucket] = False
-        self.finish()
+
+    def drain(self) -> None:
+        """Bring a round of reductions that was begun to its end, on every rank.
+
+        A backward that raised leaves some buckets on their way. Dropping them would let their messages meet those
+        of the next backward.
+        """
+        if self._launched:
+            self.finish()
 
     def reset(self) -> None:
         """Forget all gradients: p.grad = None, the flat gradient starts anew."""
+        self.drain()
         for param in self._params:
             param.grad = None
         self.restart()
 
     def restart(self) -> None:
-        """Be ready for the next step: p.grad stays where it is fp32, gradients of other dtypes start anew."""
-        self._drained = [False] * len(self._params)
-        self._pending: list[Pending] = []
+        """Be ready for the next step; gradients that are not dropped accumulate on, as in torch.optim."""
         self._launched = 0
         self._missing = [set(bucket.spec.tensors) for bucket in self._buckets]
-        self._callback_queued = False
+        self._sent = [False] * len(self._params)
+        self._stale = [False] * len(self._buckets)
         self.closed = False
-        self.stale = [False] * len(self._buckets)
-        self._versions = self._flat_versions()
+
+    def remove(self) -> None:
+        """Take the hooks off the parameters, and the stand-ins out of p.grad."""
+        for hook in self._hooks:
+            hook.remove()
+        for param, moved in zip(self._params, self._moved, strict=True):
+            if param.grad is moved:
+                param.grad = None

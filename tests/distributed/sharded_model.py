@@ -42,7 +42,7 @@ def build(
     groups = [
         {"params": named[:4], "lr": 0.03},
         {"params": named[4:5], "matrices": Experts()},
-        {"params": named[5:], "algorithm": "adamw", "lr": 0.01, "adamw_betas": (0.8, 0.9)},
+        {"params": named[5:], "algorithm": "adamw", "lr": 0.01, "betas": (0.8, 0.9)},
     ]
     defaults = dict(lr=0.02, weight_decay=0.1, layout="bucketed", bucket_mb=0.002, process_group=group)
     return model, DistributedMuon(groups, **{**defaults, **options})

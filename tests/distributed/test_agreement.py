@@ -298,7 +298,7 @@ def with_placements() -> nn.Parameter:
         ({}, {"bucket_mb": -1.0}, "bucket_mb"),
         ({"algorithm": "sgd"}, {}, "algorithm='sgd' is unknown"),
         ({"algorithm": "adamw", "matrices": Conv()}, {}, "AdamW groups take no matrix rule"),
-        ({"algorithm": "adamw", "adamw_betas": (0.9, 1.0)}, {}, "adamw_betas"),
+        ({"algorithm": "adamw", "betas": (0.9, 1.0)}, {}, "betas"),
         # Row 35: of two options that contradict each other none may win silently.
         ({}, {"layout": "flat", "bucket_mb": 1.0}, "bucket_mb"),
         ({}, {"gradient_reduction": "none", "reduce_dtype": torch.bfloat16}, "reduce_dtype"),

@@ -277,8 +277,8 @@ def poison_padding(optimizer: DistributedMuon) -> None:
         own = padding.view(optimizer.collectives.size, -1)[optimizer.collectives.rank]
         bucket.flat[padding] = torch.nan
         bucket.grad[padding] = torch.nan
-        bucket.master[own] = torch.nan
-        bucket.grad_shard[own] = torch.nan
+        bucket.part.master[own] = torch.nan
+        bucket.part.grad[own] = torch.nan
         for tensor in bucket.spec.tensors:
             for key, moment in optimizer.sharded_parameters[tensor].state.items():
                 if key != "step":
@@ -300,8 +300,8 @@ def test_every_option_of_a_group_counts(rank: int, world: int) -> None:
     ]
     muon_options[2]["adjust_lr_fn"] = "match_rms_adamw"
     adamw_options = [
-        dict(lr=0.01, weight_decay=0.1, adamw_betas=(0.9, 0.95), adamw_eps=1e-8),
-        dict(lr=0.2, weight_decay=0.0, adamw_betas=(0.5, 0.7), adamw_eps=0.1),
+        dict(lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8),
+        dict(lr=0.2, weight_decay=0.0, betas=(0.5, 0.7), eps=0.1),
     ]
     sets = [make_params(SHAPES, seed=number) for number in range(3)] + [
         make_params([(9,), (4, 3)], seed=n) for n in (3, 4)
@@ -314,7 +314,7 @@ def test_every_option_of_a_group_counts(rank: int, world: int) -> None:
     ]
     theirs = [torch.optim.Muon(twin, **options) for twin, options in zip(twins, muon_options, strict=False)]
     for twin, options in zip(twins[3:], adamw_options, strict=True):
-        betas, eps = options["adamw_betas"], options["adamw_eps"]
+        betas, eps = options["betas"], options["eps"]
         theirs.append(
             torch.optim.AdamW(twin, lr=options["lr"], weight_decay=options["weight_decay"], betas=betas, eps=eps)
         )

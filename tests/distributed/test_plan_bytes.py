@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from distributed_muon.engine.sharded_muon import ShardedMuon
 from torch import Tensor, nn
 
 from distributed_muon import QKV, Conv, DistributedMuon, Experts, Split
 from distributed_muon.engine.collectives import Collectives, Pending
-from distributed_muon.engine.timing import StepTimer
-from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.cutting import cut_buckets, make_buckets
 from distributed_muon.layout.matrices import MatrixRule, Whole
-from distributed_muon.layout.pieces import Layout
 from distributed_muon.layout.plan import make_plan
 from tests.checks import on_ranks
 from tests.dense import matrices_of, spec_of, tp_slice
 from tests.reference import ADAMW_SHAPES, MUON_SHAPES, Reference, backward, make_params, mean_gradient, rank_gradient
+from tests.shards import sharded_step, step_on
 
 LAYOUTS = {
     "aligned": dict(layout="aligned", bucket_mb=0.004),
@@ -159,16 +158,10 @@ def test_nothing_is_read_before_it_arrived_or_reused_before_it_left(rank: int, w
         params = make_params(MUON_SHAPES + ADAMW_SHAPES, dtype)
         theirs = reference(params, len(MUON_SHAPES))
         muon, adamw = params[: len(MUON_SHAPES)], params[len(MUON_SHAPES) :]
-        ours = build(muon, adamw, ns_form="standard", strategy=strategy, **LAYOUTS[layout])
-        plan = make_plan(ours.plan.layout, strategy, ours.plan.newton_schulz, wave_bytes=256, teams=False)
-        assert len(plan.waves) > 2
-        # The plan of the optimizer has one wave only; put the finer one in its place.
+        with mock.patch("distributed_muon.engine.step.make_plan", partial(make_plan, wave_bytes=256)):
+            ours = build(muon, adamw, ns_form="standard", strategy=strategy, **LAYOUTS[layout])
+        assert len(ours.plan.waves) > 2
         ours.collectives.__class__ = Late
-        ours.plan = plan
-        masters = [p.master for _, p in ours._owned], [p.momentum for _, p in ours._owned]
-        options = dict(device=ours._device, ns_dtype=torch.bfloat16, ns_form="standard", timer=ours._timer)
-        ours._muon = ShardedMuon(plan, ours.collectives, *masters, **options)
-        ours._last_wave = plan.last_wave_by_tensor()
         for step in range(2):
             backward(params, [rank_gradient(tuple(p.shape), step, rank, i) for i, p in enumerate(params)])
             ours.step()
@@ -241,10 +234,7 @@ TENSORS = {
     "replicated qkv": ((12, 7), QKV(heads=4, groups=2, head_dim=1, value_dim=3), None, 1),
     "adamw": ((13,), None, None, 1),
 }
-OPTIONS = dict(
-    lr=0.1, weight_decay=0.1, momentum=0.9, nesterov=True, ns_coefficients="quintic", ns_steps=5, eps=1e-7,
-    adjust_lr_fn="match_rms_adamw",
-)  # fmt: skip
+OPTIONS = dict(lr=0.1, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw")
 
 
 def values(step: int) -> dict[str, Tensor]:
@@ -259,9 +249,7 @@ def unsharded(steps: int) -> dict[str, list[Tensor]]:
         for name, whole in values(0).items()
         if TENSORS[name][1]
     }
-    muon = torch.optim.Muon(
-        [p for parts in params.values() for p in parts], **{**OPTIONS, "ns_coefficients": (3.4445, -4.775, 2.0315)}
-    )
+    muon = torch.optim.Muon([p for parts in params.values() for p in parts], **OPTIONS)
     for step in range(1, steps + 1):
         grads = values(step)
         for name, parts in params.items():
@@ -287,25 +275,23 @@ def test_tensor_parallel_layouts_equal_the_unsharded_reference(rank: int, world:
         buckets = make_buckets(numels, dp, bucket_numel=300, aligned=aligned)
         by_dp = cut_buckets(buckets, numels, dp)
         shards = [by_dp[r // tp] for r in range(world)]
-        layout = Layout.build(specs, shards, tp_ranks=[r % tp for r in range(world)])
-        plan = make_plan(layout, strategy, NewtonSchulzCost(form="standard"), wave_bytes=256, teams=False)
+        options = {**OPTIONS, "strategy": strategy, "ns_form": "standard"}
+        ranks = [r % tp for r in range(world)]
+        engine = sharded_step(specs, shards, list(locals_[0].values()), options, tp_ranks=ranks, wave_bytes=256)
+        plan = engine.plan
         assert len(plan.waves) > 2
-        own = [(specs[shard.tensor].name, shard) for shard in shards[rank]]
-        held = [[local[name].reshape(-1)[shard.start : shard.stop].clone() for name, shard in own] for local in locals_]
-        masters, momenta = held[0], [torch.zeros_like(m) for m in held[0]]
-        collectives, cpu = Collectives(), torch.device("cpu")
-        options = dict(device=cpu, ns_dtype=torch.bfloat16, ns_form="standard", timer=StepTimer(cpu))
-        muon = ShardedMuon(plan, collectives, masters, momenta, **options)
-        for grads in held[1:]:
-            muon.step(grads, [OPTIONS] * len(specs), [True] * len(specs))
+        for grads in locals_[1:]:
+            step_on(engine, list(grads.values()))
         where = f"TP {tp} x DP {dp} {strategy}"
-        assert collectives.sent_bytes["all_to_all"] == 2 * plan.exchange_bytes_by_rank[rank], where
-        calls = torch.tensor([muon.ns_calls])
+        assert engine.collectives.sent_bytes["all_to_all"] == 2 * plan.exchange_bytes_by_rank[rank], where
+        calls = torch.tensor([engine.ns_calls])
         dist.all_reduce(calls)
         assert calls.item() == 2 * sum(map(len, plan.homes)), where
         # Put the shards together again: over DP by place, over TP by the inverse of the cut.
         pieces: list = [None] * world
-        dist.all_gather_object(pieces, [(name, shard, m) for (name, shard), m in zip(own, masters, strict=True)])
+        dist.all_gather_object(
+            pieces, [(specs[s.tensor].name, s, part.master) for part in engine.parts for s in part.shards]
+        )
         for name, (shape, rule, dim, stride) in TENSORS.items():
             parts = []
             for part in range(tp):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from distributed_muon.engine.diagnostics import merge_measured
-from distributed_muon.engine.sharded_muon import ShardedMuon
+from functools import partial
 
-from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.timing import StepTimer
-from distributed_muon.layout.cost_model import NewtonSchulzCost
+import torch
+
 from distributed_muon.layout.cutting import cut_buckets, make_buckets
 from distributed_muon.layout.matrices import Split, TensorSpec, Whole
-from distributed_muon.layout.pieces import Layout
-from distributed_muon.layout.plan import make_plan
+from tests.shards import in_teams, sharded_step, step_on
 from tests.spawn import run_ranks
 
 SPECS = [
@@ -23,43 +19,32 @@ SPECS = [
     TensorSpec("small", (5, 7), Whole()),
 ]
 SIZES = [4, 2, 2, 1, 2, 1]
-GROUP = dict(
-    lr=0.1, weight_decay=0.1, momentum=0.9, nesterov=True, ns_coefficients="quintic", ns_steps=5, eps=1e-7,
-    adjust_lr_fn="match_rms_adamw",
-)  # fmt: skip
+OPTIONS = dict(lr=0.1, momentum=0.9, ns_dtype=torch.float32, ns_form="standard", strategy="home")
 
 
 def run(rank: int, world: int, sizes: list[int]) -> dict:
     numels = [spec.numel for spec in SPECS]
     buckets = make_buckets(numels, world, bucket_numel=2000, aligned=False)
     shards = cut_buckets(buckets, numels, world)
-    layout = Layout.build(SPECS, shards).with_teams(sizes)
-    plan = make_plan(layout, "home", NewtonSchulzCost(element_bytes=4), teams=False, wave_bytes=4 * 3000)
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(n, generator=generator) for n in numels]
     grads = [torch.randn(n, generator=generator) for n in numels]
-    own = shards[rank]
-    masters = [whole[s.tensor][s.start : s.stop].clone() for s in own]
-    momenta = [torch.zeros_like(m) for m in masters]
-    collectives = Collectives()
-    cpu = torch.device("cpu")
-    options = dict(device=cpu, ns_dtype=torch.float32, ns_form="standard", timer=StepTimer(cpu))
-    muon = ShardedMuon(plan, collectives, masters, momenta, **options)
+    engine = sharded_step(SPECS, shards, whole, OPTIONS, plan=partial(in_teams, sizes), wave_bytes=4 * 3000)
     for _ in range(2):
-        held = [grads[s.tensor][s.start : s.stop] for s in own]
-        muon.step(held, [GROUP] * len(SPECS), [True] * len(SPECS))
+        step_on(engine, grads)
     result = [torch.zeros(n) for n in numels]
-    for s, master in zip(own, masters, strict=True):
-        result[s.tensor][s.start : s.stop] = master
+    for p in engine.parameters:
+        result[p.tensor][p.start : p.stop] = p.master
     for tensor in result:
         torch.distributed.all_reduce(tensor)
-    team_bytes = sum(sum(team.sent_bytes.values()) for team in muon.teams.values())
+    plan, sent = engine.plan, engine.collectives.sent_bytes
+    team_bytes = sum(sum(team.sent_bytes.values()) for team in engine.teams.values())
     return {
         "result": result,
-        "calls": muon.ns_calls,
+        "calls": engine.ns_calls,
         "team_bytes": (team_bytes, 2 * plan.team_bytes_by_rank[rank]),
-        "exchange": (collectives.sent_bytes["all_to_all"], 2 * plan.exchange_bytes_by_rank[rank]),
-        "rms": merge_measured(collectives, plan, muon.measured, cpu)["update_rms"],
+        "exchange": (sent["all_to_all"], 2 * plan.exchange_bytes_by_rank[rank]),
+        "rms": engine.measured()["update_rms"],
         "teams": len(plan.teams),
     }
 

@@ -8,7 +8,7 @@ from unittest import mock
 import torch
 from torch import nn
 
-from distributed_muon import DistributedMuon, optimizer
+from distributed_muon import DistributedMuon
 from distributed_muon.engine import newton_schulz
 from distributed_muon.layout.plan import TRANSIENT_WAVES, make_plan
 from perf.memory import transient_bytes
@@ -24,7 +24,7 @@ def step_bytes(layers: int, rank: int, reduce_dtype: torch.dtype, strategy: str)
     params = [nn.Parameter(torch.randn(shape) * 0.02) for shape in LAYER * layers]
     for param in params:
         torch.distributed.broadcast(param.data, 0)
-    small_waves = mock.patch.object(optimizer, "make_plan", partial(make_plan, wave_bytes=WAVE))
+    small_waves = mock.patch("distributed_muon.engine.step.make_plan", partial(make_plan, wave_bytes=WAVE))
     small_batches = mock.patch.dict(newton_schulz._BATCH_NUMEL, {"cpu": WAVE // 8})  # as small beside a wave as usual
     with small_waves:
         ours = DistributedMuon(params, bucket_mb=BUCKET_MB, reduce_dtype=reduce_dtype, strategy=strategy)

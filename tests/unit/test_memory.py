@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from distributed_muon import DistributedMuon, muon_param_groups
-from distributed_muon.buckets import FlatBucket
 from distributed_muon.engine.collectives import Collectives, Pending
-from distributed_muon.engine.exchange import Shipment
-from distributed_muon.engine.state import allocate_state
-from distributed_muon.layout.cutting import cut_buckets, make_buckets
+from distributed_muon.engine.state import Member, own_parameters
+from distributed_muon.engine.step import _slot_sizes
+from distributed_muon.engine.workspace import Workspace
+from distributed_muon.layout.matrices import TensorSpec, Whole
 from distributed_muon.layout.plan import make_plan
 from tests.unit.test_plan import layout_of, transformer
 
@@ -69,13 +69,13 @@ def test_state_per_rank(world: int, dtype: torch.dtype, layout: str, monkeypatch
         adamw = sum(p.numel() for p in model.parameters()) - muon
         assert muon > 1_000_000 and adamw > 300_000
         moments = [value for p in optimizer.sharded_parameters for key, value in p.state.items() if key != "step"]
-        masters = sum(4 * bucket.master.numel() for bucket in optimizer._buckets)
+        masters = sum(4 * bucket.part.master.numel() for bucket in optimizer._buckets)
         held.append(bytes_of(moments) + masters)
         assert held[-1] <= 1.02 * (8 * muon + 12 * adamw) / world
         # fp32 masters are the parameters themselves, and the parameters their buckets: no second copy.
         flats = {bucket.flat.untyped_storage().data_ptr() for bucket in optimizer._buckets}
         assert {p.untyped_storage().data_ptr() for p in model.parameters()} == flats
-        aliased = {bucket.master.untyped_storage().data_ptr() for bucket in optimizer._buckets} <= flats
+        aliased = {bucket.part.master.untyped_storage().data_ptr() for bucket in optimizer._buckets} <= flats
         assert aliased == (dtype == torch.float32)
         assert sum(bucket.flat.numel() for bucket in optimizer._buckets) <= 1.02 * (muon + adamw)
     assert len(set(held)) == 1, "every rank holds the same"
@@ -88,18 +88,27 @@ def test_state_is_a_view_of_one_buffer_per_bucket_and_moment() -> None:
     assert len({p.momentum.untyped_storage().data_ptr() for p in optimizer.sharded_parameters}) == 1
 
 
-def test_wires_are_as_large_as_what_travels() -> None:
-    """Row 37: the exchange allocates no element more than the pieces it moves."""
+def test_slots_are_as_large_as_what_travels() -> None:
+    """Row 37: no element more than the matrices and pieces of a wave, and nothing between steps."""
     plan = make_plan(layout_of(transformer(2), 4, 100_000, False), "home", teams=False, wave_bytes=100_000)
     total = [0] * 4
     for rank in range(4):
         for wave in plan.schedule(rank):
-            for transfer in (wave.gather, wave.scatter):
-                shipment = Shipment(transfer, OneOf(rank, 4), torch.bfloat16, torch.device("cpu"), "")
-                assert bytes_of(shipment.outgoing) == 2 * sum(p.numel for p in transfer.send)
-                assert bytes_of(shipment.incoming) == 2 * sum(p.numel for p in transfer.recv)
-                total[rank] += bytes_of(shipment.outgoing)
+            matrices, held, home = _slot_sizes(plan, wave)
+            assert matrices == sum(plan.layout.matrices[m].numel for stack in wave.stacks for m in stack)
+            sent, received = (sum(p.numel for p in pieces) for pieces in (wave.gather.send, wave.gather.recv))
+            back_sent, back = (sum(p.numel for p in pieces) for pieces in (wave.scatter.send, wave.scatter.recv))
+            assert (held, home) == (max(sent, back), max(received, back_sent))
+            total[rank] += 2 * (sent + back_sent)
     assert total == plan.exchange_bytes_by_rank and max(total) > 0
+    workspace = Workspace([(10, 20, 30), (40, 5, 6), (1, 2, 3), (20, 9, 70)], torch.bfloat16, torch.device("cpu"))
+    slots = [workspace.slot(number) for number in range(3)]
+    assert workspace.slot(3) is slots[0]
+    sizes = lambda: [[buffer.untyped_storage().nbytes() for buffer in slot] for slot in slots]  # noqa: E731
+    assert sizes() == [[0, 0, 0]] * 3
+    with workspace:
+        assert sizes() == [[40, 40, 140], [80, 10, 12], [2, 4, 6]]
+    assert sizes() == [[0, 0, 0]] * 3
 
 
 def test_a_collectives_tensors_live_until_it_is_waited_for() -> None:
@@ -122,12 +131,8 @@ def test_a_collectives_tensors_live_until_it_is_waited_for() -> None:
 def test_a_rank_that_owns_nothing_still_has_every_key() -> None:
     """Row 27: empty shards have empty tensors of the right kind."""
     params = [nn.Parameter(torch.ones(1, 3)), nn.Parameter(torch.ones(2, 2))]
-    buckets = make_buckets([3, 4], 4, bucket_numel=None, aligned=False)
-    shards = cut_buckets(buckets, [3, 4], 4)
-    with torch.no_grad():
-        flat = [FlatBucket(bucket, params, OneOf(3, 4), True) for bucket in buckets]
-    members = [("a", params[0], 0), ("b", params[1], 0)]
-    for p in allocate_state(flat, shards[3], members, ["muon", "muon"], 3):
+    members = [Member(TensorSpec(name, tuple(p.shape), Whole()), p, 0) for name, p in zip("ab", params, strict=True)]
+    for p in own_parameters(members, ["muon", "muon"], [], torch.device("cpu")):
         assert (p.start, p.stop) == (0, 0)
         assert p.momentum.shape == p.master.shape == p.grad.shape == (0,)
 
