@@ -213,9 +213,11 @@ class DistributedMuon(torch.optim.Optimizer):
             What cannot be taken over, in words.
         """
         if self._closed:
-            return "this DistributedMuon was closed, or replaced by a newer one on the same parameters: use that one"
+            raise RuntimeError(
+                "this DistributedMuon was closed, or replaced by a newer one on the same parameters: use that one"
+            )
         if dist.is_initialized() != self._distributed:
-            return "DistributedMuon was built before init_process_group() (or outlived it): build it after"
+            raise RuntimeError("DistributedMuon was built before init_process_group() (or outlived it): build it after")
         self._gatherer.wait()
         for (name, held, leaf), param in zip(self._places, self._params, strict=True):
             if held.get(leaf, param) is not param:
@@ -400,7 +402,7 @@ class DistributedMuon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def check_replicas(self) -> None:
-        """Raise a RuntimeError that names the first parameter whose bits differ between ranks, and where; collective."""
+        """Raise a RuntimeError that names the first parameter whose bits differ between ranks; collective."""
         self._gatherer.wait()
         bits = {2: torch.int16, 4: torch.int32}
         sums = [p.detach().reshape(-1).view(bits[p.element_size()]).sum(dtype=torch.int64) for p in self._params]
@@ -518,6 +520,8 @@ def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> l
         for index, group in enumerate(groups)
         for name, param in zip(names[index], group["params"], strict=True)
     ]
+    if not members:
+        raise ValueError("optimizer got an empty parameter list: every parameter is frozen, or params was used up")
     return sorted(members, key=lambda member: order.get(member.spec.name, 0))
 
 

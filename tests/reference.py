@@ -56,6 +56,10 @@ class Reference:
         if by_algorithm["adamw"]:
             self.optimizers.append(torch.optim.AdamW(by_algorithm["adamw"], **(adamw or {})))
 
+    def groups(self) -> list[dict]:
+        """The parameter groups of both optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
     def step(self, grads: Sequence[Tensor | None]) -> None:
         for param, grad in zip(self.params, grads, strict=True):
             param.grad = None if grad is None else grad.float().clone()

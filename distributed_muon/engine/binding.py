@@ -104,7 +104,6 @@ class Binding:
         adamw: likewise for AdamW groups; `steps` holds one counter per run, advanced with it.
         adamw_steps: the counters of every active AdamW parameter.
         waves: in the plan's order.
-        shard_gradients: of all shards, without padding.
     """
 
     def __init__(
@@ -124,16 +123,10 @@ class Binding:
             (number, offset) for number, part in enumerate(parts) for offset in part.offsets
         ]  # by shard of this rank
         self._tensor_of = plan.layout.tensor_of_matrix
-        self._runs()
         self.waves = [self._wave(wave, workspace.slot(number)) for number, wave in enumerate(schedule)]
-        self._shards = merge(
-            Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
-            for number, part in enumerate(parts)
-            for shard, offset in zip(part.shards, part.offsets, strict=True)
-        )
-        self._gradients: list[int] = []
-        for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.views)):
+        for views in (views for wave in self.waves for views in wave.views):
             views.bind(parts)
+        self.bind_runs()
 
     def look_up_gradients(self) -> None:
         """Follow gradients that a framework put elsewhere since the last step."""
@@ -142,10 +135,12 @@ class Binding:
             self._gradients = now
             for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.packed)):
                 views.bind_gradients(self._parts)
-            self.shard_gradients = [s.view(0, self._parts[s.windows[0].base].grad) for s in self._shards]
 
-    def _runs(self) -> None:
-        """Neighbouring active shards of one group as one run, the padding between them included."""
+    def bind_runs(self) -> None:
+        """Neighbouring active shards of one group as one run, the padding between them included.
+
+        AdamW's counters are read here: to be called again where steps were taken with other active tensors.
+        """
         runs: dict[tuple[int, float | None], list[Span]] = defaultdict(list)
         for number, part in enumerate(self._parts):
             before = None
@@ -165,8 +160,10 @@ class Binding:
             views = Views(group, spans)
             (self.flat if step is None else self.adamw).append(views)
             views.steps = [torch.tensor(step) for _ in spans] if step is not None else []
+            views.bind(self._parts)
         counted = (p for p in self._owned if self._active[p.tensor] and "step" in p.state)
         self.adamw_steps = [p.state["step"] for p in counted]
+        self._gradients: list[int] = []
 
     def _run_key(self, shard: Shard) -> tuple[int, float | None]:
         """What neighbours must share: the group, and how often AdamW has stepped."""
@@ -287,3 +284,29 @@ def _pair(spans: Sequence[Span], wire: Tensor, slot: Slot) -> tuple[list[Tensor]
     """Views of both windows of every span."""
     pairs = [[span.view(i, _base(span.windows[i], wire, slot)) for span in spans] for i in (0, 1)]
     return pairs[0], pairs[1]
+
+
+class ShardGradients:
+    """The gradients of all shards of a rank, without padding.
+
+    Args:
+        parts: of the rank.
+    """
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self._parts = parts
+        self._spans = merge(
+            Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
+            for number, part in enumerate(parts)
+            for shard, offset in zip(part.shards, part.offsets, strict=True)
+        )
+        self._places: list[int] = []
+        self._views: list[Tensor] = []
+
+    def views(self) -> list[Tensor]:
+        """1-D fp32 views, looked up anew where a framework put gradients elsewhere."""
+        now = [part.grad.data_ptr() for part in self._parts]
+        if now != self._places:
+            self._places = now
+            self._views = [span.view(0, self._parts[span.windows[0].base].grad) for span in self._spans]
+        return self._views

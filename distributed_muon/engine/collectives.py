@@ -58,6 +58,7 @@ class Collectives:
             "all_reduce"), counted as the (size - 1) / size share that leaves the rank; an all-reduce
             counts as reduce-scatter plus all-gather.
         timer: if set, times every counted collective under its label.
+        direct: whether reduce-scatter and all-gather are built from messages between ranks.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -71,7 +72,7 @@ class Collectives:
         self.timer: StepTimer | None = None
         self._label: str | None = None
         self._own = False
-        self._direct = initialized and dist.get_backend(group) == "gloo"
+        self.direct = initialized and dist.get_backend(group) == "gloo"
 
     def reduce_scatter(self, output: Tensor, input: Tensor) -> Pending:
         """Sum `input` over the ranks; `output` gets this rank's 1/size of it.
@@ -83,7 +84,7 @@ class Collectives:
             output.copy_(input)
             return Pending(())
         flight = self._count("reduce_scatter", _share(input, self.size))
-        if not self._direct:
+        if not self.direct:
             work = reduce_scatter_single(output, input, group=self.group, async_op=True)
             return Pending([work], output, input, flight=flight)
         parts = input.view(self.size, -1)
@@ -110,7 +111,7 @@ class Collectives:
             return Pending(())
         flight = self._count("all_gather", _share(output, self.size))
         parts = output.view(self.size, -1)
-        if not self._direct:
+        if not self.direct:
             work = all_gather_single(output, parts[self.rank], group=self.group, async_op=True)
             return Pending([work], output, flight=flight)
         others = self._others()
@@ -133,7 +134,7 @@ class Collectives:
         """
         sent = (sum(send_counts) - send_counts[self.rank]) * input.element_size()
         flight = self._count("all_to_all", sent, label)
-        if self._direct:
+        if self.direct:
             sends, recvs = input.split(list(send_counts)), output.split(list(recv_counts))
             works = self._messages(
                 {peer: sends[peer] for peer in self._others() if send_counts[peer]},

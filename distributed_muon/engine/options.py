@@ -102,7 +102,7 @@ def as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     if isinstance(params, Tensor):
         raise TypeError("params is one tensor: give an iterable of parameters, of (name, parameter) pairs, or groups")
     items = list(params)
-    return [dict(item) for item in items] if items and isinstance(items[0], Mapping) else [{"params": items}]
+    return [dict(i) for i in items] if not items or isinstance(items[0], Mapping) else [{"params": items}]
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -123,7 +123,7 @@ def check_group(index: int, group: Mapping[str, Any]) -> None:
     other = "adamw" if algorithm == "muon" else "muon"
     for option in _OF_ALGORITHM[other]:
         if group.get(option) is not None and option not in _OF_ALGORITHM[algorithm]:
-            raise ValueError(f"{option}={group[option]} {where}: {algorithm} groups have no {option}; leave it out")
+            raise ValueError(f"{option}={group[option]} {where}: {algorithm} groups take no {option}, leave it out")
     for option in ("lr", "weight_decay", "momentum", "eps"):
         if option in group and not float(group[option]) >= 0:
             raise ValueError(f"{option}={group[option]} {where} must be >= 0")
@@ -157,6 +157,8 @@ def tensor_spec(name: str, param: nn.Parameter, group: Mapping[str, Any]) -> Ten
     """The planner's view of one whole parameter; raises a ValueError that names it where it is unsupported."""
     if hasattr(param, "placements"):
         raise ValueError(f"parameter {name!r} is a DTensor: DistributedMuon shards by itself, pass plain tensors")
+    if param.is_meta:
+        raise ValueError(f"parameter {name!r} is on the meta device: load or initialize the model first")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"parameter {name!r} is {param.dtype}: float32, bfloat16 and float16 are supported")
     if not param.numel():

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from distributed_muon.engine.agreement import Agreement, check_same_everywhere
-from distributed_muon.engine.binding import Binding, BoundWave, Stack
+from distributed_muon.engine.binding import Binding, BoundWave, ShardGradients, Stack
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.measure import Measures
 from distributed_muon.engine.newton_schulz import orthogonalize
@@ -29,7 +29,7 @@ from distributed_muon.engine.options import Options, describe_group
 from distributed_muon.engine.state import Member, OwnedParameter, Part, own_parameters
 from distributed_muon.engine.team import orthogonalize_block
 from distributed_muon.engine.timing import StepTimer, Times
-from distributed_muon.engine.update import adamw_update
+from distributed_muon.engine.update import adamw_update, advance_momentum, apply_update, decay, pack_momentum
 from distributed_muon.engine.workspace import Workspace
 from distributed_muon.layout.cost_model import NewtonSchulzCost, hardware_of
 from distributed_muon.layout.pieces import Layout, Shard
@@ -113,6 +113,7 @@ class ShardedStep:
         self._workspace = Workspace(sizes, options.ns_dtype, self.device)
         teams = list(dict.fromkeys(self.plan.teams.values()))
         self.teams = self.collectives.subgroups(teams, "team") if teams else {}
+        self._gradients = ShardGradients(self.parts)
         self.rebind()
 
     # ---- one step --------------------------------------------------------------------------------------
@@ -135,8 +136,8 @@ class ShardedStep:
             with self.timer("momentum"):
                 for run in bound.flat:
                     group = self.param_groups[run.group]
-                    torch._foreach_lerp_(run.moments["momentum_buffer"], run.grads, 1 - group["momentum"])
-                    torch._foreach_mul_(run.masters, 1 - float(group["lr"]) * group["weight_decay"])
+                    advance_momentum(run.moments["momentum_buffer"], run.grads, group["momentum"])
+                    decay(run.masters, float(group["lr"]), group["weight_decay"])
             flights: deque[tuple[int, Iterator[None]]] = deque()
             for number, wave in enumerate([*bound.waves, None, None]):
                 if wave is not None:  # send this wave's slices,
@@ -152,9 +153,10 @@ class ShardedStep:
     def _wave(self, wave: BoundWave) -> Iterator[None]:
         with self.timer("momentum"):
             for views in wave.packed:
-                group, momenta = self.param_groups[views.group], views.moments["momentum_buffer"]
-                nesterov = torch._foreach_lerp(views.grads, momenta, group["momentum"]) if group["nesterov"] else None
-                torch._foreach_copy_(views.others, nesterov or momenta)
+                group = self.param_groups[views.group]
+                pack_momentum(
+                    views.grads, views.moments["momentum_buffer"], views.others, group["momentum"], group["nesterov"]
+                )
             _copy(*wave.copies)
         wave.to_homes.start()
         yield
@@ -172,8 +174,7 @@ class ShardedStep:
             wave.from_homes.wait()
         with self.timer("update"):
             for ratio, views in wave.updates:
-                step = float(self.param_groups[views.group]["lr"]) * ratio
-                torch._foreach_add_(views.masters, views.others, alpha=-step)
+                apply_update(views.masters, views.others, float(self.param_groups[views.group]["lr"]), ratio)
 
     def _orthogonalize(self, stack: Stack) -> None:
         """Newton-Schulz of (matrices, rows, cols), or of this rank's block of one matrix, in place."""
@@ -212,6 +213,7 @@ class ShardedStep:
     def rebind(self) -> None:
         """Make all views anew: shards, moments, step counters or options that shape the iteration have changed."""
         self._bindings: dict[Any, Binding] = {}
+        self._current: Binding | None = None
 
     def _bind(self, active: tuple[bool, ...]) -> Binding:
         shaping = tuple(
@@ -229,6 +231,9 @@ class ShardedStep:
                     self.plan, self._schedule, *place, active, self._workspace, self.collectives
                 )
         bound = self._bindings[key]
+        if bound is not self._current:
+            bound.bind_runs()
+            self._current = bound
         bound.look_up_gradients()
         return bound
 
@@ -244,9 +249,10 @@ class ShardedStep:
             RuntimeError: options of parameter groups, such as a scheduled lr, differ between ranks.
         """
         with self.timer("agreement"):
-            whole = self._bind((True,) * len(self.members)).shard_gradients
             options = [f"group {i} {describe_group(group)}" for i, group in enumerate(self.param_groups)]
-            agreement = Agreement.reach(self.collectives, whole, has_gradient, flags, options, self.device)
+            agreement = Agreement.reach(
+                self.collectives, self._gradients.views(), has_gradient, flags, options, self.device
+            )
         if not agreement.same_options:
             check_same_everywhere(self.collectives, options)
         return agreement

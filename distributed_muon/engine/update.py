@@ -25,31 +25,38 @@ def lr_ratio(rows: int, cols: int, adjust_lr_fn: str) -> float:
     raise ValueError(f"adjust_lr_fn {adjust_lr_fn!r} is unknown: choose one of {', '.join(ADJUST_LR_FNS)}")
 
 
-def momentum_update(grads: Sequence[Tensor], momenta: Sequence[Tensor], mu: float, nesterov: bool) -> list[Tensor]:
-    """Advance the momentum and return what is orthogonalized; elementwise, so shards do not matter.
-
-    EMA form, as torch.optim.Muon: m = lerp(m, g, 1 - mu); the result is lerp(g, m, mu) with Nesterov
-    momentum and m itself without.
+def advance_momentum(momenta: Sequence[Tensor], grads: Sequence[Tensor], mu: float) -> None:
+    """m = lerp(m, g, 1 - mu) in place: the exponential moving average of torch.optim.Muon.
 
     Args:
-        grads: fp32 mean gradients, any shapes; not written. momenta: fp32, same shapes; updated in place.
-
-    Returns:
-        One tensor per gradient; without Nesterov momentum they are `momenta`, not to be written.
+        momenta, grads: fp32, equal shapes; elementwise, so shards do not matter.
     """
     torch._foreach_lerp_(momenta, grads, 1 - mu)
-    return list(torch._foreach_lerp(grads, momenta, mu)) if nesterov else list(momenta)
 
 
-def apply_update(masters: Sequence[Tensor], updates: Sequence[Tensor], decay: float, step: float) -> None:
-    """masters = masters * decay - step * updates, in place.
+def pack_momentum(
+    grads: Sequence[Tensor], momenta: Sequence[Tensor], targets: Sequence[Tensor], mu: float, nesterov: bool
+) -> None:
+    """Round what is orthogonalized into `targets`: lerp(g, m, mu) with Nesterov momentum, m itself without.
 
     Args:
-        masters: fp32. updates: fp32 or bf16, same shapes. decay: 1 - lr * weight_decay, with the
-        unscaled lr. step: lr * lr_ratio(...).
+        grads, momenta: fp32, not written. targets: of the wire's dtype, equal shapes.
     """
-    torch._foreach_mul_(masters, decay)
-    torch._foreach_add_(masters, updates, alpha=-step)
+    torch._foreach_copy_(targets, torch._foreach_lerp(grads, momenta, mu) if nesterov else momenta)
+
+
+def decay(masters: Sequence[Tensor], lr: float, weight_decay: float) -> None:
+    """p = p * (1 - lr * weight_decay) in place, with the unscaled lr."""
+    torch._foreach_mul_(masters, 1 - lr * weight_decay)
+
+
+def apply_update(masters: Sequence[Tensor], updates: Sequence[Tensor], lr: float, ratio: float) -> None:
+    """p = p - lr * ratio * update in place.
+
+    Args:
+        masters: fp32. updates: fp32 or bf16, same shapes. ratio: `lr_ratio` of their matrices.
+    """
+    torch._foreach_add_(masters, updates, alpha=-lr * ratio)
 
 
 def adamw_update(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -34,12 +35,15 @@ class Span(NamedTuple):
 def merge(spans: Iterable[Span]) -> list[Span]:
     """Join runs that follow each other in every window: 5,000 small matrices become one."""
     merged: list[Span] = []
-    for span in sorted(spans, key=lambda span: span.windows):
-        last = merged[-1] if merged else None
-        if last is not None and span.rows == last.rows == 1:
-            pairs = zip(last.windows, span.windows, strict=True)
-            if all((new.base, new.offset) == (old.base, old.offset + last.cols) for old, new in pairs):
-                merged[-1] = last._replace(cols=last.cols + span.cols)
-                continue
-        merged.append(span)
+    ends = None  # where each window of the run under way ends; None after a span that is no run
+    begun, total = (), 0
+    for span in sorted(spans, key=attrgetter("windows")):
+        rows, cols, windows = span
+        if rows == 1 and ends == [(base, offset) for base, offset, _ in windows]:
+            total += cols
+            merged[-1] = Span(1, total, begun)
+        else:
+            begun, total = windows, cols
+            merged.append(span)
+        ends = [(base, offset + cols) for base, offset, _ in windows] if rows == 1 else None
     return merged

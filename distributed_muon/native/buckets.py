@@ -91,6 +91,10 @@ class FlatBucket:
         for tensor, (param, _, offset) in zip(self.spec.tensors, self._members, strict=True):
             yield tensor, self.grad.narrow(0, offset, param.numel()).view(param.shape)
 
+    def copies_gradient(self, dtype: torch.dtype) -> bool:
+        """Whether a reduce-scatter in `dtype` holds a copy of the bucket while it is under way."""
+        return dtype != torch.float32 or self._collectives.direct
+
     def reduce_scatter(self, dtype: torch.dtype) -> Pending:
         """Start `part.grad` = mean over ranks of `grad`, summed in `dtype`; collective over the DP group."""
         assert self.grad is not None

@@ -1,4 +1,4 @@
-"""Gradients on their way from autograd to shards: accumulated in flat fp32 buckets, reduce-scattered under the backward.
+"""Gradients on their way from autograd to shards: gathered in flat fp32 buckets, reduce-scattered under the backward.
 
 Two hooks per parameter: before autograd accumulates, p.grad is cleared of its stand-in, so that autograd just puts
 the new gradient there; afterwards the new gradient is added to the bucket and the stand-in returns. When the last
@@ -18,8 +18,8 @@ from distributed_muon.engine.timing import StepTimer
 from distributed_muon.native.buckets import FlatBucket
 from distributed_muon.native.standin import MovedGradient
 
-# Reduce-scatters in bf16 under way at a time: each holds a 16-bit copy of its bucket, all together half the model's
-# gradients. Those in fp32 send the bucket itself and need no limit.
+# Reduce-scatters under way at a time, where each holds a copy of its bucket: all together they would be as large as
+# the model. Where the bucket itself is sent there is no limit.
 _MOST_COPIES = 2
 
 
@@ -98,7 +98,6 @@ class GradientReducer:
         while self._launched < len(self._buckets) and not self._missing[self._launched]:
             self._launch(self._launched)
 
-    @torch.no_grad()
     def _absorb(self, tensor: int) -> None:
         """Move p.grad, where it is a gradient, into the flat gradient; the stand-in takes its place."""
         param, view = self._params[tensor], self._views[tensor]
@@ -109,6 +108,8 @@ class GradientReducer:
             raise RuntimeError(
                 f"parameter {self._names[tensor]!r} has a sparse gradient: build its embedding with sparse=False"
             )
+        if grad.requires_grad:  # backward(create_graph=True)
+            grad = grad.detach()
         if (pending := self._pending.get(self._bucket_of[tensor])) is not None:
             pending.wait()  # the view is being sent
         if self._accumulating[tensor]:  # earlier microbatches are in the flat gradient already
@@ -143,7 +144,7 @@ class GradientReducer:
             self._sent[tensor] = self.has_gradient(tensor)
             if not self._sent[tensor]:
                 self._views[tensor].zero_()
-        if self._dtype != torch.float32 and len(self._pending) == _MOST_COPIES:
+        if bucket.copies_gradient(self._dtype) and len(self._pending) == _MOST_COPIES:
             self._wait(next(iter(self._pending)))
         self._pending[index] = bucket.reduce_scatter(self._dtype)
         self._launched = max(self._launched, index + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
@@ -24,7 +25,7 @@ def take_over(params: Iterable[nn.Parameter], optimizer: Any) -> None:
 def refuse_shared_memory(named: Iterable[tuple[str, nn.Parameter]]) -> None:
     """Raise a ValueError where two parameters lie in the same memory: their tie would be cut silently."""
     spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name) for name, p in named)
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in pairwise(spans):
         if begin < end:
             raise ValueError(
                 f"parameters {first!r} and {second!r} share memory: tie them by assigning the same nn.Parameter to "

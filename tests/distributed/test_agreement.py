@@ -297,7 +297,7 @@ def with_placements() -> nn.Parameter:
         ({}, {"bucket_mb": 0}, "bucket_mb"),
         ({}, {"bucket_mb": -1.0}, "bucket_mb"),
         ({"algorithm": "sgd"}, {}, "algorithm='sgd' is unknown"),
-        ({"algorithm": "adamw", "matrices": Conv()}, {}, "AdamW groups take no matrix rule"),
+        ({"algorithm": "adamw", "matrices": Conv()}, {}, "adamw groups take no matrices"),
         ({"algorithm": "adamw", "betas": (0.9, 1.0)}, {}, "betas"),
         # Row 35: of two options that contradict each other none may win silently.
         ({}, {"layout": "flat", "bucket_mb": 1.0}, "bucket_mb"),

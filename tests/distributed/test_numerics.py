@@ -279,10 +279,8 @@ def poison_padding(optimizer: DistributedMuon) -> None:
         bucket.grad[padding] = torch.nan
         bucket.part.master[own] = torch.nan
         bucket.part.grad[own] = torch.nan
-        for tensor in bucket.spec.tensors:
-            for key, moment in optimizer.sharded_parameters[tensor].state.items():
-                if key != "step":
-                    moment._base[own] = torch.nan
+        for moment in bucket.part.moments.values():
+            moment[own] = torch.nan
         poisoned += int(padding.sum())
     assert poisoned > 0, "the shapes must need padding"
 

@@ -31,7 +31,7 @@ def test_clipping(rank: int, world: int) -> None:
             grads = mean([local_grads(step, r) for r in range(world)])
             backward(params, local_grads(step, rank))
             norm = optimizer.clip_grad_norm_(max_norm)
-            local = [p.grad.clone() if dtype == torch.float32 else None for p in params]
+            local = [p.grad for p in params]
             holders = [nn.Parameter(torch.zeros_like(g)) for g in grads]
             for holder, grad in zip(holders, grads, strict=True):
                 holder.grad = grad.clone()

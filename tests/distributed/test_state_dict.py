@@ -8,6 +8,7 @@ import io
 import pytest
 import torch
 
+from distributed_muon import DistributedMuon
 from tests.checks import on_ranks
 from tests.distributed.sharded_model import DTYPES, SHAPES, Model, assert_same, build, everything, train
 
@@ -168,16 +169,18 @@ def test_a_model_loaded_alone_is_not_overwritten_by_old_masters(rank: int, world
 
 
 @on_ranks(2)
-def test_weights_written_through_data_need_a_resync(rank: int, world: int) -> None:
-    """Row 26: p.data hides the write; resync_masters takes it over."""
+def test_whatever_reads_masters_takes_over_outside_writes(rank: int, world: int) -> None:
+    """Rows 26 and 42: p.data hides the write; no step has to come before a save."""
     for dtype in DTYPES:
-        model, optimizer = build(dtype)
-        train(model, optimizer, range(2), rank)
-        for p in model.parameters():
-            p.data.fill_(0.25)
-        optimizer.resync_masters()
-        for p in optimizer.sharded_parameters:
-            assert torch.equal(p.master, torch.full_like(p.master, 0.25))
+        for read in (DistributedMuon.state_dict, DistributedMuon.gather_params):
+            model, optimizer = build(dtype)
+            train(model, optimizer, range(2), rank)
+            for p in model.parameters():
+                p.data.fill_(0.25)
+            read(optimizer)
+            for p in optimizer.sharded_parameters:
+                assert torch.equal(p.master, torch.full_like(p.master, 0.25))
+            assert all(torch.equal(p, torch.full_like(p, 0.25)) for p in model.parameters())
 
 
 @on_ranks(2)
@@ -187,7 +190,7 @@ def test_untouched_masters_keep_their_precision_when_the_model_is_reloaded(rank:
     train(model, optimizer, range(3), rank)
     before = everything(model, optimizer)
     model.load_state_dict(copy.deepcopy(model.state_dict()))
-    optimizer.resync_masters()
+    optimizer.gather_params()
     assert_same(everything(model, optimizer), before)
     finer = [p for p in optimizer.sharded_parameters if not torch.equal(p.master, p.master.bfloat16().float())]
     assert finer, "masters must hold more than bf16"
