@@ -9,16 +9,15 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from distributed_muon.engine.update import ADJUST_LR_FNS
 from distributed_muon.layout.matrices import Whole
 from distributed_muon.layout.plan import STRATEGIES
-from distributed_muon.param_groups import AuditRow, audit, audit_row, format_audit, format_table
 from distributed_muon.planning.model_shapes import NAMED_MODELS, SUPPORTED, ParameterShape, model_shapes
 from distributed_muon.planning.simulate import LAYOUTS, Job, StageReport, simulate
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _HF_CONFIG = f"a Hugging Face config.json; model_type one of {', '.join(SUPPORTED)}"
 _PLAN_EPILOG = """\
@@ -58,7 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         "factory", nargs="?", metavar="MODULE:FACTORY", help="called on the meta device, without arguments"
     )
     source.add_argument("--hf-config", type=Path, metavar="FILE", help=_HF_CONFIG)
-    check.add_argument("--adjust-lr-fn", choices=ADJUST_LR_FNS, default="match_rms_adamw", help="scale rule shown")
+    check.add_argument(
+        "--adjust-lr-fn",
+        default="match_rms_adamw",
+        metavar="NAME",
+        help="scale rule shown: match_rms_adamw or original",
+    )
     check.add_argument("--json", action="store_true", help="one JSON list of rows, not folded")
     check.set_defaults(run=_audit)
 
@@ -87,29 +91,28 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _audit(args: argparse.Namespace) -> int:
+    from distributed_muon.param_groups import audit, audit_row, format_audit  # torch, which plan needs not wait for
+
+    scale = {"adjust_lr_fn": args.adjust_lr_fn}
     if args.hf_config:
-        rows = [_shape_row(shape, args.adjust_lr_fn) for shape in _load_shapes(args.hf_config)]
+        shapes = _load_shapes(args.hf_config)
+        rules = {"muon": Whole()}
+        rows = [audit_row(s.name, s.shape, s.algorithm, rules.get(s.algorithm), s.role, **scale) for s in shapes]
     else:
-        rows = audit(_build_model(args.factory), adjust_lr_fn=args.adjust_lr_fn)
+        rows = audit(_build_model(args.factory), **scale)
     if args.json:
-        print(json.dumps([_row_json(row) for row in rows]))
+        matrices = [[{"name": m.name, "rows": m.rows, "cols": m.cols} for m in row.matrices] for row in rows]
+        found = zip(rows, matrices, strict=True)
+        print(json.dumps([{**dataclasses.asdict(row), "matrices": parts} for row, parts in found]))
     else:
         print(format_audit(rows))
     return int(any(row.algorithm == "undecided" for row in rows))
 
 
-def _shape_row(shape: ParameterShape, adjust_lr_fn: str) -> AuditRow:
-    rule = Whole() if shape.algorithm == "muon" else None
-    return audit_row(shape.name, shape.shape, shape.algorithm, rule, shape.role, adjust_lr_fn=adjust_lr_fn)
-
-
-def _row_json(row: AuditRow) -> dict:
-    matrices = [{"name": matrix.name, "rows": matrix.rows, "cols": matrix.cols} for matrix in row.matrices]
-    return {**dataclasses.asdict(row), "matrices": matrices}
-
-
 def _build_model(target: str) -> nn.Module:
     """The model of "package.module:factory", on the meta device."""
+    import torch
+
     module_name, separator, factory_name = target.partition(":")
     if not separator:
         raise ValueError(f"{target!r} is not MODULE:FACTORY, such as my_package.models:build")
@@ -119,7 +122,7 @@ def _build_model(target: str) -> nn.Module:
         raise ValueError(f"{module_name} has no callable {factory_name!r}")
     with torch.device("meta"):
         model = factory()
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{target} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
 
@@ -139,7 +142,8 @@ def _plan(args: argparse.Namespace) -> int:
     for domain in report.domains:
         print(f"{domain.name} parameters of stage {report.stage}:")
         print(domain.plan.explain(), end="\n\n")
-    print(format_table([(key, _cell(value)) for key, value in summary.items()]))
+    width = max(map(len, summary))
+    print("\n".join(f"{key:{width}}  {_cell(value)}" for key, value in summary.items()))
     return 0
 
 

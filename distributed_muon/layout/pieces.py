@@ -86,6 +86,18 @@ class Layout:
         return tuple(map(Piece._make, zip(*(column[numbers].tolist() for column in self.columns), strict=True)))
 
     @cached_property
+    def holders(self) -> list[dict[int, int]]:
+        """For each matrix, how many of its elements each rank holds, by rank."""
+        keys = self.columns.matrix * self.world + self.columns.rank  # ascending, as the pieces are
+        begins = np.flatnonzero(np.diff(keys, prepend=-1))
+        numels = np.add.reduceat(self.columns.numel, begins) if len(begins) else begins
+        holders: list[dict[int, int]] = [{} for _ in self.matrices]
+        columns = (self.columns.matrix[begins], self.columns.rank[begins], numels)
+        for matrix, rank, numel in zip(*(column.tolist() for column in columns), strict=True):
+            holders[matrix][rank] = numel
+        return holders
+
+    @cached_property
     def together(self) -> list[range]:
         """Matrix numbers that are orthogonalized together, in order: the blocks of a team, or one whole matrix."""
         runs, at = [], 0

@@ -159,9 +159,10 @@ def _experts(
 ) -> Iterator[ParameterShape]:
     """Router and routed experts."""
     yield from _linear(f"{prefix}.gate", count, hidden, "router")
+    first = [s._replace(role="routed expert", expert=True) for s in _gated_mlp("", hidden, ffn, names=names)]
     for expert in range(count):
-        for shape in _gated_mlp(f"{prefix}.experts.{expert}", hidden, ffn, names=names):
-            yield shape._replace(role="routed expert", expert=True)
+        for shape in first:
+            yield shape._replace(name=f"{prefix}.experts.{expert}{shape.name}")
 
 
 def _gated_mlp(

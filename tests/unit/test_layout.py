@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
@@ -115,12 +116,47 @@ def test_aligned_order_keeps_matrices_on_one_rank() -> None:
         assert sum(count > 1 for count in holders) == straddling
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_aligned_order_takes_the_largest_that_fits(seed: int) -> None:
+    """Against the rule itself: the largest tensor that fits into what is left of a shard, else the largest of all."""
+    rng = random.Random(seed)
+    numels = [rng.choice([1, 16, 17, 48, 64, 200, 500]) for _ in range(rng.randint(1, 60))]
+    dp = rng.choice([1, 2, 5])
+    (bucket,) = make_buckets(numels, dp, bucket_numel=None, aligned=True)
+    left, at = sorted(range(len(numels)), key=lambda t: (-numels[t], t)), 0
+    for tensor in bucket.tensors:
+        room = bucket.numel // dp - at % (bucket.numel // dp)
+        padded = {t: -(-numels[t] // ALIGNMENT) * ALIGNMENT for t in left}
+        expected = next((t for t in left if padded[t] <= room), left[0])
+        assert tensor == expected
+        left.remove(tensor)
+        at += padded[tensor]
+
+
+def test_a_tensor_without_elements_has_no_shard() -> None:
+    (bucket,) = make_buckets([16, 0], 2, bucket_numel=None, aligned=False, order=[0, 1])
+    assert cut_buckets([bucket], [16, 0], 2) == [[Shard(0, 0, 16)], []]
+
+
 def test_padding_is_small() -> None:
     """Row 37: at most 2 % of a model's elements, not the world size times the largest shard."""
     layer = [1408 * 128, 128 * 1408, 576 * 128, 128, 512 * 16, 3000 * 128, 64, 192 * 128]
     for dp, aligned in itertools.product((2, 8, 64), (False, True)):
         buckets = make_buckets(layer * 12, dp, bucket_numel=200_000 * dp, aligned=aligned)
         assert sum(bucket.numel for bucket in buckets) <= 1.02 * sum(layer * 12)
+
+
+def test_equal_layouts_are_equal_and_pieces_are_numbers() -> None:
+    """Plans are compared across ranks; pieces that kept numpy's integers would not print or hash like others."""
+    assert build(2, 1, 150, False) == build(2, 1, 150, False) != build(2, 1, 150, True)
+    layout = build(3, 2, 150, True)
+    assert all(type(value) is int for piece in layout.pieces for value in piece)
+    assert [tuple(column) for column in layout.columns] == list(zip(*layout.pieces, strict=True))
+    for matrix, held in enumerate(layout.holders):
+        pieces = [piece for piece in layout.pieces if piece.matrix == matrix]
+        assert held == {
+            rank: sum(p.numel for p in pieces if p.rank == rank) for rank in sorted({p.rank for p in pieces})
+        }
 
 
 @pytest.mark.parametrize(
