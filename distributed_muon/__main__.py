@@ -164,15 +164,8 @@ def _summary(model: str, shapes: Sequence[ParameterShape], job: Job, report: Sta
         "matrices": len(muon),
         "muon_parameters": sum(muon),
         "parameters": sum(shape.numel for shape in shapes if shape.algorithm != "frozen"),
-        "stage": report.stage,
-        "ns_flops_max": report.ns_flops_max,
-        "ns_max_over_ideal": report.ns_max_over_ideal,
-        "state_bytes_max": report.state_bytes_max,
-        "state_bytes_ideal": report.state_bytes_ideal,
-        "exchange_bytes_max": report.exchange_bytes_max,
-        "adamw_bytes": report.adamw_bytes,
+        **{field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "domains"},
         "comm_over_adamw": report.comm_over_adamw,
-        "plan_seconds": report.plan_seconds,
     }
 
 
