@@ -132,9 +132,10 @@ def test_planning_does_not_wait_for_torch() -> None:
         "import sys; sys.modules['torch'] = None\n"  # any import of it raises
         "import pkgutil, importlib, distributed_muon.layout, distributed_muon.planning\n"
         "for room in (distributed_muon.layout, distributed_muon.planning):\n"
-        "    for found in pkgutil.iter_modules(room.__path__, room.__name__ + '.'): importlib.import_module(found.name)\n"
-        "from distributed_muon.__main__ import main\n"
+        "    for module in pkgutil.iter_modules(room.__path__, room.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
         "assert 'distributed_muon.layout.plan' in sys.modules and 'distributed_muon.planning.simulate' in sys.modules\n"
+        "from distributed_muon.__main__ import main\n"
         "sys.exit(main(['plan', '--model', 'llama-3-8b', '--dp', '8', '--json']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
