@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from distributed_muon.layout.matrices import Whole
 from distributed_muon.layout.plan import STRATEGIES
+from distributed_muon.planning import simulate as simulation
 from distributed_muon.planning.model_shapes import NAMED_MODELS, SUPPORTED, ParameterShape, model_shapes
 from distributed_muon.planning.simulate import LAYOUTS, Job, StageReport, simulate
 
@@ -20,20 +21,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _HF_CONFIG = f"a Hugging Face config.json; model_type one of {', '.join(SUPPORTED)}"
-_PLAN_EPILOG = """\
-assumed, as in a Megatron-style job:
-  pipeline stages hold contiguous layers, as evenly as they divide; every stage is planned, and the one
-    whose busiest rank does the most Newton-Schulz is reported
-  tensor parallelism cuts attention and feed-forward matrices; router and latent down-projections are whole
-  routed experts are not cut by tensor parallelism; with --ep or --tp above 1 they have a rank domain of
-    their own, dp x tp / ep ranks, on the same ranks as the dense parameters
-  Muon and AdamW parameters have buckets of their own
-  adamw_bytes is what ZeRO-1 AdamW sends: fp32 reduce-scatter and bf16 all-gather, 6 bytes x (N - 1) / N
-    per parameter
-
-JSON bytes and FLOPs are per rank and step, matrices and parameters of the whole model (parameters: all that
-are trained, muon_parameters of them with Muon).
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,18 +56,23 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="plan a model at any scale, without ranks",
-        epilog=_PLAN_EPILOG,
+        epilog=simulation.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = plan.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", choices=sorted(NAMED_MODELS), metavar="NAME", help=", ".join(sorted(NAMED_MODELS)))
     source.add_argument("--hf-config", type=Path, metavar="FILE", help=_HF_CONFIG)
     plan.add_argument("--dp", type=int, required=True, metavar="N", help="data-parallel ranks")
-    plan.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
-    plan.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
-    plan.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks, a divisor of dp x tp")
-    plan.add_argument("--layout", choices=LAYOUTS, default="bucketed", help="how optimizer shards are cut (bucketed)")
-    plan.add_argument("--strategy", choices=STRATEGIES, default="auto", help="where matrices are orthogonalized (auto)")
+    ranks = {
+        "tp": "tensor-parallel ranks",
+        "pp": "pipeline stages",
+        "ep": "expert-parallel ranks, a divisor of dp x tp",
+    }
+    for size, meaning in ranks.items():
+        plan.add_argument(f"--{size}", type=int, default=getattr(Job, size), metavar="N", help=meaning)
+    cuts, homes = "how optimizer shards are cut", "where matrices are orthogonalized"
+    plan.add_argument("--layout", choices=LAYOUTS, default=Job.layout, help=f"{cuts} (%(default)s)")
+    plan.add_argument("--strategy", choices=STRATEGIES, default=Job.strategy, help=f"{homes} (%(default)s)")
     plan.add_argument(
         "--bucket-mb", type=float, metavar="F",
         help="MiB of fp32 gradient per bucket (Megatron's rule: 40 million elements, dp million if more)",
