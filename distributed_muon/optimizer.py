@@ -165,6 +165,9 @@ class DistributedMuon(torch.optim.Optimizer):
         half = next((p.name for p in self.sharded_parameters if p.param.dtype == torch.float16), None)
         if half is not None and not self._unscaled:
             raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
+        self._steps += 1
+        if self._replica_check_every and self._steps % self._replica_check_every == 0:
+            self.check_replicas()  # before the gathers of this step paint over what forward and backward have used
         agreement = self._agree()
         skipped = self._must_skip(agreement)
         if not skipped:
@@ -176,9 +179,6 @@ class DistributedMuon(torch.optim.Optimizer):
         if not any(agreement.present):
             warnings.warn(_NO_GRADIENT, stacklevel=3)
         self._engine.close()
-        self._steps += 1
-        if self._replica_check_every and self._steps % self._replica_check_every == 0:
-            self.check_replicas()
         self._facts = {"grad_norm": agreement.norm, "skipped": skipped}
         self._forget_agreement()
         return loss
