@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-INK, SOFT, GRID = "#1b2430", "#5d6b7a", "#e3e8ee"
-BLUE, TEAL, AMBER, RED, VIOLET, GREY = "#2f6fde", "#1ba38c", "#eda53a", "#d9534f", "#8b6fd6", "#a9b4c0"
+from perf.report.chart import (
+    AMBER,
+    BLUE,
+    GREY,
+    GRID,
+    INK,
+    RED,
+    SOFT,
+    TEAL,
+    VIOLET,
+    as_svg,
+    make_axes,
+    names_on_y,
+    stacked_bars,
+)
+
 SETUP_COLORS = {
     "Muon, home": BLUE,
     "Muon, gather": AMBER,
@@ -42,61 +51,6 @@ PHASE_COLORS = {
     "agreement": RED,
 }
 
-plt.rcParams.update(
-    {
-        "font.family": "DejaVu Sans",
-        "font.size": 10,
-        "axes.edgecolor": GRID,
-        "axes.labelcolor": SOFT,
-        "axes.titlesize": 11.5,
-        "axes.titleweight": "bold",
-        "axes.titlecolor": INK,
-        "axes.titlelocation": "left",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.grid": True,
-        "grid.color": GRID,
-        "xtick.color": SOFT,
-        "ytick.color": SOFT,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "svg.hashsalt": "distributed_muon",  # the same results give the same page
-    }
-)
-
-
-def make_axes(title: str, width: float = 6.2, height: float = 3.6) -> tuple[Figure, Axes]:
-    """A figure of one panel, sizes in inches."""
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.set_title(title)
-    axes.tick_params(length=0)
-    return figure, axes
-
-
-def as_svg(figure: Figure) -> str:
-    """The figure as an SVG element; it is closed."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
-def _stacked(axes: Axes, at: Sequence[float], parts: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
-    """Horizontal bars at `at`, one stretch per part."""
-    left = [0.0] * len(at)
-    for part, values in parts.items():
-        label = part.replace("_", " ")
-        axes.barh(at, values, left=left, height=0.62, color=colors.get(part, SOFT), label=label)
-        left = [a + b for a, b in zip(left, values, strict=True)]
-
-
-def _names_on_y(axes: Axes, names: Sequence[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-
 
 def step_seconds(rows: Sequence[Mapping[str, Any]], floor: float | None = None, width: float = 6.2) -> str:
     """Seconds of each optimizer's step, ours in blue.
@@ -113,7 +67,7 @@ def step_seconds(rows: Sequence[Mapping[str, Any]], floor: float | None = None, 
     if floor is not None:
         axes.axvline(floor, color=RED, linewidth=1, linestyle=(0, (4, 3)), label="Newton-Schulz as one large matmul")
         figure.legend(loc="outside lower right")
-    _names_on_y(axes, [row["name"] for row in rows])
+    names_on_y(axes, [row["name"] for row in rows])
     return as_svg(figure)
 
 
@@ -128,7 +82,7 @@ def step_phases(row: Mapping[str, Any]) -> str:
     axes.bar_label(bars, [f" {value:.0f} ms" if value >= 10 else f" {value:.1f} ms" for value in values], fontsize=9)
     axes.set_xlim(0, max(values) * 1.16)
     axes.set_xlabel("milliseconds, rank 0; waits are exposed communication")
-    _names_on_y(axes, [name.replace("_", " ") for name, _ in shown])
+    names_on_y(axes, [name.replace("_", " ") for name, _ in shown])
     return as_svg(figure)
 
 
@@ -160,11 +114,11 @@ def collectives(contenders: Mapping[str, Any]) -> str:
     for panel, (name, contender) in zip(panels, contenders.items(), strict=True):
         rows = contender["collectives"]
         times = {key: [row[f"{key}_seconds"] * 1e3 for row in rows.values()] for key in ("exposed", "hidden")}
-        _stacked(panel, range(len(rows)), times, {"exposed": RED, "hidden": TEAL})
+        stacked_bars(panel, range(len(rows)), times, {"exposed": RED, "hidden": TEAL})
         panel.set_title(f"{name}: {contender['traffic_over_adamw']:.3f}x the bytes")
         panel.set_xlabel("ms per step")
         panel.tick_params(length=0, labelsize=8.5)
-        _names_on_y(panel, [row["name"] for row in rows.values()])
+        names_on_y(panel, [row["name"] for row in rows.values()])
     panels[0].legend(loc="lower right")
     return as_svg(figure)
 
@@ -238,11 +192,11 @@ def memory(rows: Sequence[Mapping[str, Any]]) -> str:
     figure, axes = make_axes("memory of one rank, activations left out", height=4.1)
     values = {part: [row["memory_bytes"].get(part, 0.0) / 1e9 for row in chosen] for part in parts}
     colors = dict(zip(parts, (GREY, "#7fb0f5", BLUE, TEAL), strict=False))
-    _stacked(axes, range(len(chosen)), values, colors)
+    stacked_bars(axes, range(len(chosen)), values, colors)
     for number, row in enumerate(chosen):
         total = sum(row["memory_bytes"].values()) / 1e9
         axes.text(total, number, f" {total:.1f}", va="center", fontsize=8.5, color=INK)
-    _names_on_y(axes, [f"{row['ranks']:,}  {row['setup']}" for row in chosen])
+    names_on_y(axes, [f"{row['ranks']:,}  {row['setup']}" for row in chosen])
     axes.set_xlabel("GB")
     axes.margins(x=0.12)
     axes.legend(loc="upper center", bbox_to_anchor=(0.35, -0.14), ncols=2)
@@ -262,7 +216,7 @@ def sensitivities(rows: Sequence[Mapping[str, Any]]) -> str:
         axes.plot([min(values), max(values)], [number, number], color=GRID, linewidth=3, zorder=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g} %")
-    _names_on_y(axes, [row["change"] for row in rows])
+    names_on_y(axes, [row["change"] for row in rows])
     axes.tick_params(axis="y", labelsize=8.5)
     axes.legend(loc="upper center", bbox_to_anchor=(0.2, -0.08), ncols=3)
     return as_svg(figure)

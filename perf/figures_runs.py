@@ -5,19 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
-
-from perf.figures import AMBER, BLUE, GREY, INK, PART_COLORS, SOFT, TEAL, as_svg, make_axes
+from perf.figures import PART_COLORS
+from perf.report.chart import BLUE, GREY, INK, SOFT, as_svg, make_axes
 
 CONTENDER_COLORS = {"home": BLUE, "gather": "#eda53a", "adamw": GREY}
-RUN_COLORS = {"adamw": GREY, "muon": BLUE, "tuned": AMBER, "short": TEAL}
-RUN_NAMES = {
-    "adamw": "AdamW",
-    "muon": "Muon, AdamW's rate",
-    "tuned": "Muon, own rate",
-    "short": "the same, fewer steps",
-}
 
 
 def sweep(runs: Sequence[Mapping[str, Any]], checks: Sequence[Mapping[str, Any]]) -> str:
@@ -62,45 +53,4 @@ def predicted_and_measured(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str
     axes.grid(False, axis="y")
     axes.margins(x=0.06)
     figure.legend(loc="outside lower center", ncols=8, fontsize=8.5)
-    return as_svg(figure)
-
-
-def loss_panels(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Validation loss over steps, one panel per model, of the first seed."""
-    columns = min(3, len(rows))
-    lines = -(-len(rows) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(11, 2.7 * lines), layout="constrained", squeeze=False)
-    for axes, row in zip(panels.flat, rows, strict=False):
-        for name, color in RUN_COLORS.items():
-            axes.plot(*zip(*row["curves"][name], strict=True), linewidth=1.8, color=color, label=RUN_NAMES[name])
-        final = row["curves"]["adamw"][-1][1]
-        axes.axhline(final, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_ylim(min(loss for curve in row["curves"].values() for _, loss in curve) - 0.05, final + 1.0)
-        axes.tick_params(length=0, labelsize=8.5)
-        axes.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M", fontsize=10)
-    for axes in panels.flat[len(rows) :]:
-        axes.set_visible(False)
-    for axes in panels[-1]:
-        axes.set_xlabel("step", fontsize=9)
-    for axes in panels[:, 0]:
-        axes.set_ylabel("validation loss", fontsize=9)
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
-    return figure
-
-
-def entropy(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Singular-value entropy by weight group, AdamW's beside Muon's."""
-    figure, axes = make_axes("singular-value entropy of the weights at the end", width=11, height=3.1)
-    bars = [(f"{group}\n{row['kind']}\n{row['size']}", row["entropy"], group) for row in rows
-            for group in row["entropy"]["muon"]]  # fmt: skip
-    for offset, name in ((-0.2, "adamw"), (0.2, "muon")):
-        values = [entropies[name][group] for _, entropies, group in bars]
-        drawn = axes.bar([at + offset for at in range(len(bars))], values, 0.38, color=RUN_COLORS[name],
-                         label=RUN_NAMES[name])  # fmt: skip
-        axes.bar_label(drawn, fmt="%.3f", fontsize=7, color=INK, rotation=90, padding=2)
-    lowest = min(entropies[name][group] for _, entropies, group in bars for name in ("adamw", "muon"))
-    axes.set_ylim(max(0.0, lowest - 0.1), 1.06)
-    axes.set_xticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7.5)
-    axes.grid(False, axis="x")
-    figure.legend(loc="outside upper right", ncols=2)
     return as_svg(figure)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perf import figures
-from perf.page import Section, folded, note, origin, pair, table
+from perf.report.page import Section, folded, note, origin, pair, table
 
 
 def step_section(result: dict[str, Any]) -> Section:

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perf import figures, figures_runs
-from perf.figures import as_svg
-from perf.page import Section, folded, note, origin, pair, table
+from perf.report.page import Section, folded, note, origin, pair, table
 from perf.sections import comm_section, links_section, step_section
 
 PARTS = ("newton_schulz", "elementwise", "reduce_scatter", "agreement", "exchange", "all_gather")
@@ -86,37 +85,6 @@ def _splits(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]  # fmt: skip
     return table(header, cells)
-
-
-def sample_efficiency_section(result: dict[str, Any]) -> Section:
-    """Of `perf.sample_efficiency`."""
-    rows, cells = result["rows"], []
-    for row in rows:
-        mean = {name: statistics.mean(values) for name, values in row["final"].items()}
-        same, own = (
-            ", ".join(f"{share:.2f}" if share else "never" for share in row[key])
-            for key in ("share_of_steps", "tuned_share_of_steps")
-        )
-        cells.append(
-            [f"{row['kind']} {row['size']}", f"{row['parameters'] / 1e6:.2f} M", f"{row['lr']:g}",
-             f"{mean['adamw']:.4f}", f"{mean['muon']:.4f}", same, f"{row['tuned_lr']:g}", f"{mean['tuned']:.4f}", own,
-             f"{mean['short']:.4f}", ", ".join(f"{value:.2f}" for value in row["update_over_lr"].values())]
-        )  # fmt: skip
-    curves = rows[0]["curves"]
-    share = curves["short"][-1][0] / curves["muon"][-1][0]
-    tried = sorted({row["lr"] for row in result["sweep"] if row["optimizer"] == "adamw"})
-    header = (
-        "model", "parameters", "AdamW's rate", "AdamW", "Muon", "steps to AdamW's", "own rate", "Muon",
-        "steps to AdamW's", f"in {share:.2f} of the steps", "change / rate",
-    )  # fmt: skip
-    body = note(
-        f"Toy models, {result['steps']} steps, validation loss, mean of {len(result['seeds'])} seeds. AdamW at its "
-        f"best of {len(tried)} learning rates ({tried[0]:g} to {tried[-1]:g}), Muon at the same one and at the best "
-        "multiple of it. Steps to AdamW's: at which share of its steps Muon passes AdamW's final loss, by seed. Change "
-        "/ rate: RMS of the change of hidden weights in a step over the learning rate, AdamW's and Muon's."
-    )
-    body += as_svg(figures_runs.loss_panels(rows)) + table(header, cells) + figures_runs.entropy(rows)
-    return "Steps to the same loss", body + origin(result)
 
 
 def deepspeed_section(result: dict[str, Any]) -> Section:

@@ -17,11 +17,12 @@ from distributed_muon.layout.pieces import Layout, Shard
 from distributed_muon.layout.plan import make_plan
 from distributed_muon.planning.simulate import DomainPlan
 from launch.world import World
-from perf import comm, fake_world, links, report
+from perf import comm, fake_world, links
 from perf.check import check
 from perf.cluster import MACHINES, Machine
 from perf.fake_world import Case, run_case
 from perf.prediction import WaveSeconds, pipeline, predict
+from perf.report import assemble
 from perf.workload import MeasuredTraining, Setup, Training
 
 H100 = MACHINES["h100-ib400"]
@@ -260,25 +261,25 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     rows = [ours, {**row, "name": "torch.optim.Muon", "seconds": 2.5}]
     step = {"machine": MACHINE, "world": 2, "floor_seconds": 0.5, "rows": rows}
     (tmp_path / "step.json").write_text(json.dumps(step))
-    page = report.build(report.load(tmp_path))
+    page = assemble.build(assemble.load(tmp_path))
     assert "<b>2.50x</b>" in page and "A whole optimizer step" in page and "8 MiB" in page
     assert "&lt;&amp;&gt;" in page
     assert page.count("<svg") == 2
     assert not re.search(r'(src|href)="(?!#)', page)  # no file, no network
-    assert page == report.build(report.load(tmp_path))
+    assert page == assemble.build(assemble.load(tmp_path))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in report.SECTIONS])
+@pytest.mark.parametrize("kind", [kind for kind in assemble.SECTIONS])
 def test_a_result_of_another_format_is_named(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"{kind}_old.json"
     path.write_text(json.dumps({"machine": MACHINE, "rows": [{"seconds": {}}]}))
     with pytest.raises(ValueError, match=rf"{kind}_old\.json is no result of this perf\.{kind} .*: measure again"):
-        report.build(report.load(tmp_path))
+        assemble.build(assemble.load(tmp_path))
 
 
 def test_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no result: run perf\.step"):
-        report.load(tmp_path)
+        assemble.load(tmp_path)
     (tmp_path / "scale.json").write_text("{")
     with pytest.raises(ValueError, match=r"scale\.json is not JSON"):
-        report.load(tmp_path)
+        assemble.load(tmp_path)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from perf import sections_runs
 
 MACHINE = {"gpu": None, "cpu": "a CPU", "cores": 2, "threads_per_rank": 1, "versions": {}, "date": "2026-01-01",
@@ -63,23 +61,6 @@ def test_checks_are_marked_within_a_quarter() -> None:
     _, body = sections_runs.check_section(benchmark())
     assert "<td>101.0 / 202.0</td>" in body and "<td>300</td><td>33</td><td>600</td><td>800</td>" in body
     assert '<td class="good">0.75</td>' in body and '<td class="bad">1.26</td>' in body
-
-
-@pytest.mark.parametrize("models", [1, 6])
-def test_sample_efficiency(models: int) -> None:
-    curves = {"adamw": [[10, 3.0], [20, 2.0]], "muon": [[10, 2.5], [20, 1.5]], "short": [[10, 2.5], [13, 2.0]]}
-    curves["tuned"] = curves["muon"]
-    row = {
-        "kind": "dense", "size": "small", "parameters": 131392, "lr": 4e-3, "share_of_steps": [0.5, None],
-        "final": {"adamw": [2.0, 3.0], "muon": [1.5, 1.6], "tuned": [1.3, 1.5], "short": [2.0, 2.1]}, "curves": curves,
-        "tuned_lr": 8e-3, "tuned_share_of_steps": [0.25, 0.3], "update_over_lr": {"adamw": 0.412, "muon": 0.18},
-        "entropy": {"adamw": {"attention": 0.9}, "muon": {"attention": 0.95}},
-    }  # fmt: skip
-    result = {"machine": MACHINE, "steps": 20, "seeds": [0, 1], "rows": [row] * models}
-    result["sweep"] = [{"optimizer": "adamw", "lr": 1e-3}, {"optimizer": "muon", "lr": 4e-3}]
-    _, body = sections_runs.sample_efficiency_section(result)
-    assert "<td>2.5000</td><td>1.5500</td><td>0.50, never</td><td>0.008</td><td>1.4000</td><td>0.25, 0.30</td>" in body
-    assert "<td>2.0500</td><td>0.41, 0.18</td>" in body and "in 0.65 of the steps" in body and body.count("<svg") == 2
 
 
 def test_deepspeed() -> None:

@@ -1,22 +1,16 @@
-"""One self-contained HTML page from the JSON results of the other measurements.
-
-    python -m perf.report [--results perf/results] [--output perf/results/report.html]
-
-Reads KIND*.json for every kind of result in SECTIONS, as many of each as there are.
-"""
+"""The page: every result of a folder in its section, and the numbers to remember."""
 
 from __future__ import annotations
 
-import argparse
 import html
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from perf import sections, sections_runs
-from perf.page import STYLE, Section
+from perf.report.page import STYLE, Section
+from perf.report.sample_efficiency import sample_efficiency_section, sample_efficiency_tile
 
 
 class Result(NamedTuple):
@@ -48,7 +42,7 @@ BENCHMARKS = ("benchmark", "two_hosts")
 SECTIONS: dict[str, Callable[[Any], list[Section]]] = {
     "step": _one(sections.step_section),
     "newton_schulz": _one(sections.newton_schulz_section),
-    "sample_efficiency": _one(sections_runs.sample_efficiency_section),
+    "sample_efficiency": _one(sample_efficiency_section),
     "comm": _one(sections.comm_section),
     **dict.fromkeys(BENCHMARKS, _benchmark_sections),
     "scale": _scale_sections,
@@ -79,12 +73,9 @@ def tiles(results: dict[str, list[Any]]) -> str:
     if ratios:
         found.append((f"{min(ratios):.2f}-{max(ratios):.2f}x", "predicted over measured training step, two hosts"))
     for result in results.get("sample_efficiency", ())[:1]:
-        same, own = ([share for row in result["rows"] for share in row[key]]
-                     for key in ("share_of_steps", "tuned_share_of_steps"))  # fmt: skip
-        if all(own):
-            text = "of AdamW's steps to its best loss, median of toy runs at Muon's own rate; at AdamW's rate "
-            reached = f"{sum(map(bool, same))} of {len(same)} get there"
-            found.append((f"{statistics.median(own):.2f}", text + reached))
+        tile = sample_efficiency_tile(result)
+        if tile is not None:
+            found.append(tile)
     for result in results.get("scale", ())[:1]:
         homes = [row for row in result.get("bytes", ()) if row["case"]["strategy"] == "home"]
         if homes:
@@ -142,21 +133,3 @@ def load(folder: Path) -> dict[str, list[Result]]:
     if not results:
         raise ValueError(f"--results {folder} holds no result: run perf.step, perf.comm, ... with --json first")
     return results
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("perf/results"), metavar="DIR")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: report.html in --results")
-    args = parser.parse_args()
-    try:
-        page = build(load(args.results))
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    output = args.output or args.results / "report.html"
-    output.write_text(page, encoding="utf-8")
-    print(f"wrote {output} ({len(page) / 1024:.0f} KiB)")
-
-
-if __name__ == "__main__":
-    main()
