@@ -25,6 +25,7 @@ from perf import prediction
 from perf.check import check, print_checks
 from perf.cluster import MACHINES, Machine, fitted_machine
 from perf.fake_world import CASES, format_outcomes, run_case
+from perf.options import at_least_one, json_file, output_file, share, write_json
 from perf.prediction import predict
 from perf.workload import ACTIVE_EXPERTS, Setup, Training
 
@@ -181,9 +182,9 @@ def check_files(fitted: dict[str, Any] | None, paths: Sequence[Path], output: Pa
             raise ValueError(f"{path}: {error}") from None
         print(f"{path.name}, {measured['world']} ranks")
         print_checks(checks[-1]["rows"])
-    if output:
-        machine = describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}")
-        output.write_text(json.dumps({"machine": machine, "checks": checks}, indent=1) + "\n")
+    write_json(
+        output, {"machine": describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}"), "checks": checks}
+    )
 
 
 def main() -> None:
@@ -191,29 +192,30 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(NAMED_MODELS), default="moonlight-16b-a3b")
     machine_source = parser.add_mutually_exclusive_group()
     machine_source.add_argument("--hardware", choices=sorted(MACHINES), default="h100-ib400")
-    machine_source.add_argument("--links", type=Path, metavar="FILE", help="rates from perf.links --json")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--ep", type=int, help="default: 8 for models with experts")
-    parser.add_argument("--global-tokens", type=int, default=Training.global_tokens, help="per step, over all ranks")
-    parser.add_argument("--sequence", type=int, default=Training.sequence)
-    parser.add_argument("--mfu", type=float, default=Training.mfu, help="of forward and backward, assumed")
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    machine_source.add_argument("--links", type=json_file, metavar="FILE", help="rates from perf.links --json")
+    parser.add_argument("--tp", type=at_least_one, default=1)
+    parser.add_argument("--pp", type=at_least_one, default=1)
+    parser.add_argument("--ep", type=at_least_one, help="default: 8 for models with experts")
+    parser.add_argument(
+        "--global-tokens", type=at_least_one, default=Training.global_tokens, help="per step, over all ranks"
+    )
+    parser.add_argument("--sequence", type=at_least_one, default=Training.sequence)
+    parser.add_argument("--mfu", type=share, default=Training.mfu, help="of forward and backward, assumed")
+    parser.add_argument("--ranks", type=at_least_one, nargs="+", default=RANKS)
     parser.add_argument(
         "--check", type=Path, nargs="+", metavar="FILE", help="results of perf.comm --json on the ranks of --links"
     )
     parser.add_argument("--check-bytes", action="store_true", help="run the real optimizer on the fake process group")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
     args = parser.parse_args()
     experts = args.model in ACTIVE_EXPERTS
     ep = args.ep or (8 if experts else 1)
     training = Training(args.model, 0, args.tp, args.pp, ep, args.global_tokens, args.sequence, args.mfu)
     try:
-        fitted = json.loads(args.links.read_text()) if args.links else None
         if args.check:
-            check_files(fitted, args.check, args.json)
+            check_files(args.links, args.check, args.json)
             return
-        machine = fitted_machine(fitted) if fitted else MACHINES[args.hardware]
+        machine = fitted_machine(args.links) if args.links else MACHINES[args.hardware]
         result: dict[str, Any] = {
             "machine": describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}"),
             "assumptions": assumptions(training, machine),
@@ -227,8 +229,7 @@ def main() -> None:
         outcomes = [run_case(case) for case in CASES]
         print("\n" + format_outcomes(outcomes))
         result["bytes"] = [outcome.to_json() for outcome in outcomes]
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
     if not all(row["within_bounds"] for row in result.get("bytes", ())):
         raise SystemExit("error: traffic over ZeRO-1 AdamW's is outside its bounds in a row above")
 
