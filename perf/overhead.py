@@ -23,20 +23,30 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch.environment import describe_machine
 from perf.options import at_least_one, output_file, write_json
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("overhead_worker.py")
-# Name: (worker's case, ranks, repeats within a process, what it is).
+
+
+class Case(NamedTuple):
+    """One measurement: the worker's name of it, ranks, repeats within a process, and what it is."""
+
+    worker: str
+    ranks: int
+    repeats: int
+    text: str
+
+
 CASES = {
-    "one-rank": ("small", 1, 7, "5,000 matrices of 8x8, one rank"),
-    "two-ranks": ("small", 2, 7, "5,000 matrices of 8x8, two ranks"),
-    "moonlight": ("fake", 1, 5, "Moonlight-16B-A3B, rank 0 of 64"),
-    "construction": ("construction", 1, 1, "construction over 5,000 matrices"),
-    "plan": ("plan", 1, 1, "plan --model kimi-k2 --dp 64"),
+    "one-rank": Case("small", 1, 7, "5,000 matrices of 8x8, one rank"),
+    "two-ranks": Case("small", 2, 7, "5,000 matrices of 8x8, two ranks"),
+    "moonlight": Case("fake", 1, 5, "Moonlight-16B-A3B, rank 0 of 64"),
+    "construction": Case("construction", 1, 1, "construction over 5,000 matrices"),
+    "plan": Case("plan", 1, 1, "plan --model kimi-k2 --dp 64"),
 }
 
 
@@ -103,7 +113,7 @@ def measure(names: Sequence[str], checkouts: dict[str, Path], rounds: int) -> di
 
 def print_case(name: str, rows: dict[str, dict[str, Any]]) -> None:
     """One line per checkout, and the ratios of this one to the other."""
-    print(CASES[name][3])
+    print(CASES[name].text)
     for label, row in rows.items():
         times = ", ".join(f"{key} {value * 1e3:,.1f} ms" for key, value in row["seconds"].items() if value)
         per_matrix = f"; {row['host_us_per_matrix']:.1f} us per matrix" if "matrices" in row else ""

@@ -12,7 +12,8 @@ What is assumed:
 - All-to-alls between nodes use the rank's own port; each peer costs one message. Who sends or receives most sets
   the time. Waves are pipelined as `ShardedMuon.step` issues them; their Newton-Schulz adds up to the busiest
   rank's, for ranks wait only for those they exchange with.
-- A collective that delays the computation beside it (`perf.links` measures by how much; gloo does) exposes that delay.
+- A collective slows the computation beside it (`perf.links` measures by how much; gloo does): what of that exceeds
+  the wait for it is a part of its own, "delayed".
 - Element-wise work runs at memory bandwidth. Host time, stragglers and congestion are left out.
 """
 
@@ -41,7 +42,8 @@ class Prediction:
 
     Args:
         forward_backward: seconds. exposed: seconds by part that nothing hides: "reduce_scatter",
-            "newton_schulz", "exchange", "elementwise", "agreement", "all_gather".
+            "newton_schulz", "exchange", "elementwise", "agreement", "all_gather"; "delayed" is what collectives that
+            are hidden slow the computation beside them.
         communication: seconds by collective were nothing hidden. sent_bytes: by the busiest rank.
         memory: bytes by part; activations left out. ns_max_over_ideal: balance of Newton-Schulz; None without.
     """
@@ -122,15 +124,15 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
     if domain_waves:
         busiest = max(compute, key=sum)
         exposed["newton_schulz"] = sum(busiest)
-        exposed["exchange"] = sum(
-            max(pipeline(waves, seconds) - seconds, machine.delay("all_to_all") * waves.exchange)
-            for waves, seconds in zip(domain_waves, busiest, strict=True)
-        )
+        for waves, seconds in zip(domain_waves, busiest, strict=True):
+            waited = pipeline(waves, seconds) - seconds
+            exposed["exchange"] += waited
+            exposed["delayed"] += max(0.0, machine.delay("all_to_all") * waves.exchange - waited)
     windows = {"reduce_scatter": microbatch * 2 / 3, "all_gather": microbatch / 3}
     for kind, seconds in ring.items():
         communication[kind] = seconds
-        shown = max(one_bucket[kind], seconds - windows[kind], seconds * machine.delay(kind))
-        exposed[kind] = shown if setup.overlap else seconds
+        exposed[kind] = max(one_bucket[kind], seconds - windows[kind]) if setup.overlap else seconds
+        exposed["delayed"] += max(0.0, seconds * machine.delay(kind) - exposed[kind]) if setup.overlap else 0.0
     return Prediction(
         forward_backward, dict(exposed), dict(communication), sent, dict(memory),
         None if adamw else stage.ns_max_over_ideal,

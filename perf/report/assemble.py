@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from perf import sections, sections_runs
-from perf.report.page import STYLE, Section
+from perf.report.benchmark import check_section, check_tile, sweep_section
+from perf.report.communication import comm_section, links_section
+from perf.report.newton_schulz import newton_schulz_section, newton_schulz_tile
+from perf.report.overhead import overhead_section
+from perf.report.page import STYLE, Section, Tile
 from perf.report.sample_efficiency import sample_efficiency_section, sample_efficiency_tile
+from perf.report.scale import scale_section, scale_tiles, traffic_section
+from perf.report.step import deepspeed_section, megatron_section, step_section, step_tile
 
 
 class Result(NamedTuple):
@@ -21,17 +26,13 @@ class Result(NamedTuple):
 
 
 def _scale_sections(result: dict[str, Any]) -> list[Section]:
-    counted = [sections.bytes_section(result["bytes"])] if "bytes" in result else []
-    return [*counted, sections.scale_section(result)]
-
-
-def _benchmark_sections(result: dict[str, Any]) -> list[Section]:
-    return [sections_runs.sweep_section(result), sections_runs.check_section(result)]
+    counted = [traffic_section(result["bytes"])] if "bytes" in result else []
+    return [*counted, scale_section(result)]
 
 
 def _megatron_sections(result: Any) -> list[Section]:
     # A file may hold the results of several splits.
-    return [sections_runs.megatron_section(one) for one in (result if isinstance(result, list) else [result])]
+    return [megatron_section(one) for one in (result if isinstance(result, list) else [result])]
 
 
 def _one(section: Callable[[Any], Section]) -> Callable[[Any], list[Section]]:
@@ -40,59 +41,34 @@ def _one(section: Callable[[Any], Section]) -> Callable[[Any], list[Section]]:
 
 BENCHMARKS = ("benchmark", "two_hosts")
 SECTIONS: dict[str, Callable[[Any], list[Section]]] = {
-    "step": _one(sections.step_section),
-    "newton_schulz": _one(sections.newton_schulz_section),
+    "step": _one(step_section),
+    "overhead": _one(overhead_section),
+    "newton_schulz": _one(newton_schulz_section),
     "sample_efficiency": _one(sample_efficiency_section),
-    "comm": _one(sections.comm_section),
-    **dict.fromkeys(BENCHMARKS, _benchmark_sections),
+    "comm": _one(comm_section),
+    **dict.fromkeys(BENCHMARKS, lambda result: [sweep_section(result), check_section(result)]),
     "scale": _scale_sections,
-    "deepspeed_step": _one(sections_runs.deepspeed_section),
+    "deepspeed_step": _one(deepspeed_section),
     "megatron_step": _megatron_sections,
-    "links": _one(sections.links_section),
+    "links": _one(links_section),
 }
 
 
-def tiles(results: dict[str, list[Any]]) -> str:
-    """The numbers to remember."""
-    found: list[tuple[str, str]] = []
-    for result in results.get("newton_schulz", ())[:1]:
-        best = max(result["rows"], key=lambda row: row["speedup"]["auto"])
-        shape = "x".join(map(str, best["shape"]))
-        found.append((f"{best['speedup']['auto']:.2f}x", f"faster Newton-Schulz than torch.optim.Muon's at {shape}"))
-    for result in results.get("step", ())[:1]:
-        by_name = {row["name"]: row for row in result["rows"]}
-        replicated = next((row for name, row in by_name.items() if "torch.optim.Muon" in name), None)
-        if replicated:
-            ours = result["rows"][0]
-            found.append(
-                (f"{replicated['seconds'] / ours['seconds']:.2f}x", f"faster step than {replicated['name']}, "
-                 f"{result['world']} ranks")
-            )  # fmt: skip
-    ratios = [row["ratio"] for kind in BENCHMARKS for result in results.get(kind, ()) for run in result["checks"]
-              for row in run["rows"]]  # fmt: skip
-    if ratios:
-        found.append((f"{min(ratios):.2f}-{max(ratios):.2f}x", "predicted over measured training step, two hosts"))
-    for result in results.get("sample_efficiency", ())[:1]:
-        tile = sample_efficiency_tile(result)
-        if tile is not None:
-            found.append(tile)
-    for result in results.get("scale", ())[:1]:
-        homes = [row for row in result.get("bytes", ()) if row["case"]["strategy"] == "home"]
-        if homes:
-            worst = max(homes, key=lambda row: row["over_adamw"])
-            found.append(
-                (f"{worst['over_adamw'] - 1:+.1%}", f"traffic over ZeRO-1 AdamW's at {worst['case']['ranks']} ranks "
-                 "and less above")
-            )  # fmt: skip
-        model = result["assumptions"]["model"]
-        for row in result["curves"]:
-            if row["setup"] == "Muon, home" and row["ranks"] in (64, 1024):
-                share = row["share_of_forward_backward"]
-                found.append((f"{share:.2%}", f"of forward-backward, {model} on {row['ranks']:,} ranks, predicted"))
-    return "".join(f'<div class="tile"><b>{b}</b><span>{html.escape(text)}</span></div>' for b, text in found)
+def tiles(results: Mapping[str, Sequence[Any]]) -> list[Tile]:
+    """The numbers to remember, of the first result of each kind."""
+    first = {kind: some[0] for kind, some in results.items()}
+    found: list[Tile | None] = []
+    for kind, tile in (("newton_schulz", newton_schulz_tile), ("step", step_tile)):
+        found += [tile(first[kind])] if kind in first else []
+    found.append(check_tile([result for kind in BENCHMARKS for result in results.get(kind, ())]))
+    if "sample_efficiency" in first:
+        found.append(sample_efficiency_tile(first["sample_efficiency"]))
+    if "scale" in first:
+        found += scale_tiles(first["scale"])
+    return [tile for tile in found if tile is not None]
 
 
-def build(results: dict[str, list[Result]]) -> str:
+def build(results: Mapping[str, Sequence[Result]]) -> str:
     """The page.
 
     Raises:
@@ -107,13 +83,20 @@ def build(results: dict[str, list[Result]]) -> str:
                 raise ValueError(
                     f"{result.path} is no result of this perf.{kind} ({type(error).__name__}: {error}): measure again"
                 ) from error
-    body = "".join(f"<section><h2>{html.escape(title)}</h2>{content}</section>" for title, content in found)
+    lead = "What Muon costs beside ZeRO-1 AdamW: measured where we could, predicted where we could not."
     numbers = tiles({kind: [result.content for result in some] for kind, some in results.items()})
+    return document("distributed_muon: performance", lead, numbers, found)
+
+
+def document(title: str, lead: str, numbers: Iterable[Tile], sections: Iterable[Section]) -> str:
+    """One HTML page that needs no other file."""
+    shown = "".join(f'<div class="tile"><b>{b}</b><span>{html.escape(text)}</span></div>' for b, text in numbers)
+    body = "".join(f"<section><h2>{html.escape(name)}</h2>{content}</section>" for name, content in sections)
     return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>distributed_muon: performance</title>'
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body><main>'
-        "<h1>distributed_muon: performance</h1><p>What Muon costs beside ZeRO-1 AdamW: measured where we could, "
-        f'predicted where we could not.</p><div class="tiles">{numbers}</div>{body}</main></body></html>\n'
+        f'<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p><div class="tiles">{shown}</div>{body}'
+        "</main></body></html>\n"
     )
 
 
@@ -131,5 +114,5 @@ def load(folder: Path) -> dict[str, list[Result]]:
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path} is not JSON ({error}): measure again with --json {path}") from None
     if not results:
-        raise ValueError(f"--results {folder} holds no result: run perf.step, perf.comm, ... with --json first")
+        raise ValueError(f"{folder} holds no result: run perf.step, perf.comm, ... with --json {folder}/step.json")
     return results

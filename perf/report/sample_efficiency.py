@@ -6,10 +6,21 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from perf.report.chart import AMBER, BLUE, GREY, INK, SOFT, TEAL, as_svg, make_axes
+from perf.report.chart import (
+    AMBER,
+    BLUE,
+    GREY,
+    SOFT,
+    TEAL,
+    chart,
+    legend_below,
+    name_rows,
+    panels,
+    row_figure,
+    row_places,
+)  # fmt: skip
 from perf.report.page import Section, note, origin, table
 
 RUN_COLORS = {"adamw": GREY, "muon": BLUE, "tuned": AMBER, "short": TEAL}
@@ -48,7 +59,7 @@ def sample_efficiency_section(result: dict[str, Any]) -> Section:
         "multiple of it. Steps to AdamW's: at which share of its steps Muon passes AdamW's final loss, by seed. Change "
         "/ rate: RMS of the change of hidden weights in a step over the learning rate, AdamW's and Muon's."
     )
-    body += as_svg(loss_panels(rows)) + table(header, cells) + entropy(rows)
+    body += chart(lambda narrow: loss_panels(rows, narrow)) + table(header, cells) + entropy(rows)
     return "Steps to the same loss", body + origin(result)
 
 
@@ -62,12 +73,10 @@ def sample_efficiency_tile(result: dict[str, Any]) -> tuple[str, str] | None:
     return f"{statistics.median(own):.2f}", f"{text}{sum(map(bool, same))} of {len(same)} get there"
 
 
-def loss_panels(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def loss_panels(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figure:
     """Validation loss over steps, one panel per model, of the first seed."""
-    columns = min(3, len(rows))
-    lines = -(-len(rows) // columns)
-    figure, panels = plt.subplots(lines, columns, figsize=(11, 2.7 * lines), layout="constrained", squeeze=False)
-    for axes, row in zip(panels.flat, rows, strict=False):
+    figure, drawn = panels(len(rows), narrow, height=2.7)
+    for axes, row in zip(drawn, rows, strict=True):
         for name, color in RUN_COLORS.items():
             axes.plot(*zip(*row["curves"][name], strict=True), linewidth=1.8, color=color, label=RUN_NAMES[name])
         final = row["curves"]["adamw"][-1][1]
@@ -75,29 +84,29 @@ def loss_panels(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_ylim(min(loss for curve in row["curves"].values() for _, loss in curve) - 0.05, final + 1.0)
         axes.tick_params(length=0, labelsize=8.5)
         axes.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M", fontsize=10)
-    for axes in panels.flat[len(rows) :]:
-        axes.set_visible(False)
-    for axes in panels[-1]:
         axes.set_xlabel("step", fontsize=9)
-    for axes in panels[:, 0]:
         axes.set_ylabel("validation loss", fontsize=9)
-    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper right", ncols=4)
+    legend_below(figure, narrow, columns=4, axes=drawn[0])
     return figure
 
 
 def entropy(rows: Sequence[Mapping[str, Any]]) -> str:
     """Singular-value entropy by weight group, AdamW's beside Muon's."""
-    figure, axes = make_axes("singular-value entropy of the weights at the end", width=11, height=3.1)
-    bars = [(f"{group}\n{row['kind']}\n{row['size']}", row["entropy"], group) for row in rows
-            for group in row["entropy"]["muon"]]  # fmt: skip
-    for offset, name in ((-0.2, "adamw"), (0.2, "muon")):
-        values = [entropies[name][group] for _, entropies, group in bars]
-        drawn = axes.bar([at + offset for at in range(len(bars))], values, 0.38, color=RUN_COLORS[name],
-                         label=RUN_NAMES[name])  # fmt: skip
-        axes.bar_label(drawn, fmt="%.3f", fontsize=7, color=INK, rotation=90, padding=2)
-    lowest = min(entropies[name][group] for _, entropies, group in bars for name in ("adamw", "muon"))
-    axes.set_ylim(max(0.0, lowest - 0.1), 1.06)
-    axes.set_xticks(range(len(bars)), [name for name, _, _ in bars], fontsize=7.5)
-    axes.grid(False, axis="x")
-    figure.legend(loc="outside upper right", ncols=2)
-    return as_svg(figure)
+    names = [f"{group}, {row['kind']} {row['size']}" for row in rows for group in row["entropy"]["muon"]]
+    values = {
+        name: [row["entropy"][name][group] for row in rows for group in row["entropy"]["muon"]]
+        for name in ("adamw", "muon")
+    }
+
+    def draw(narrow: bool) -> Figure:
+        title = "singular-value entropy of the weights at the end"
+        figure, axes = row_figure(title, len(names), narrow, each=0.36)
+        for offset, name in ((-0.1, "adamw"), (0.1, "muon")):
+            at = [place + offset for place in row_places(len(names), narrow)]
+            axes.scatter(values[name], at, s=30, color=RUN_COLORS[name], label=RUN_NAMES[name], zorder=3)
+        name_rows(axes, names, narrow)
+        axes.set_xlabel("1: all singular values are equal")
+        legend_below(figure, narrow, columns=2)
+        return figure
+
+    return chart(draw)
