@@ -81,7 +81,7 @@ class Recorder:
         self._device = device
         self.calls: list[Call] = []
         self._wrap(optimizer.collectives)
-        for team in optimizer._muon.teams.values():
+        for team in optimizer._engine.teams.values():
             self._wrap(team, "team")
 
     def _wrap(self, observed: Collectives, label: str | None = None) -> None:
@@ -129,8 +129,8 @@ def predicted_bytes(optimizer: DistributedMuon) -> dict[str, int]:
     for wave in plan.schedule(rank):
         out["to_homes"] += sum(wave.gather.send_counts) * wire
         out["from_homes"] += sum(wave.scatter.send_counts) * wire
-    # One fp64 norm and one presence flag per tensor; a flag per bucket, and two for wrong use.
-    agreed = 8 * (2 * len(plan.layout.tensors) + len(optimizer._buckets) + 2)
+    # fp64: the norm, a presence flag per tensor, a flag per bucket, and two for wrong use.
+    agreed = 8 * (1 + len(plan.layout.tensors) + len(optimizer._buckets) + 2)
     out["all_reduce"] = 2 * (agreed * (size - 1) // size)
     out["team"] = plan.team_bytes_by_rank[rank]
     return dict(out)
