@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -106,26 +106,29 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def curves(training: Training, machine: Machine, ranks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Predictions of every setup at every number of ranks that the parallel sizes divide."""
+def divided(training: Training, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The numbers of ranks that the parallel sizes divide, and the others."""
     group = training.tp * training.pp
+    fitting = [world for world in ranks if world % group == 0 and (world // training.pp) % training.ep == 0]
+    return fitting, [world for world in ranks if world not in fitting]
+
+
+def curves(training: Training, machine: Machine, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Predictions of every setup at every number of ranks."""
     for world in ranks:
-        if world % group or (world // training.pp) % training.ep:
-            continue
         for name, setup in SETUPS.items():
             result = predict(replace(training, ranks=world), setup, machine)
             yield {"setup": name, "ranks": world, **result.to_json()}
 
 
-def sensitivities(training: Training, machine: Machine) -> Iterator[dict[str, Any]]:
-    """The share at the headline ranks after each single change for the worse (or the better)."""
-    for name, change in CHANGES.items():
-        if name == "no expert parallelism" and training.ep == 1:
-            continue
-        shares = {}
-        for world in HEADLINE_RANKS:
-            shares[world] = predict(*change(replace(training, ranks=world), Setup(), machine)).share
-        yield {"change": name, "share": shares}
+def sensitivities(training: Training, machine: Machine, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """The share at some numbers of ranks after each single change for the worse (or the better)."""
+    changes = {name: change for name, change in CHANGES.items() if training.ep > 1 or name != "no expert parallelism"}
+    shares: dict[str, dict[int, float]] = {name: {} for name in changes}
+    for world in ranks:  # outermost: most changes leave the plan alone, and the last plans are kept
+        for name, change in changes.items():
+            shares[name][world] = predict(*change(replace(training, ranks=world), Setup(), machine)).share
+    return [{"change": name, "share": share} for name, share in shares.items()]
 
 
 def assumptions(training: Training, machine: Machine) -> dict[str, Any]:
@@ -144,25 +147,51 @@ def assumptions(training: Training, machine: Machine) -> dict[str, Any]:
     }
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    """The result of `main` as text."""
+def print_inputs(inputs: Mapping[str, Any]) -> None:
+    """Every input, what is assumed, and the head of the curves."""
     print("inputs:")
-    for key, value in result["assumptions"].items():
+    for key, value in inputs.items():
         print(f"  {key:34s} {value:,.6g}" if isinstance(value, float) else f"  {key:34s} {value}")
     print("\nassumed (perf/prediction.py):" + (prediction.__doc__ or "").split("What is assumed:")[1].rstrip())
     print(f"\n{'ranks':>6s} {'setup':26s} {'fwd-bwd':>9s} {'optimizer':>10s} {'share':>7s} {'comm alone':>11s} "
-          f"{'sent':>9s} {'memory':>9s} {'NS work':>8s}   exposed ms by part")  # fmt: skip
-    for row in result["curves"]:
-        parts = ", ".join(f"{part} {seconds * 1e3:.2f}" for part, seconds in row["exposed_seconds"].items())
-        print(f"{row['ranks']:6d} {row['setup']:26s} {row['forward_backward_seconds']:7.2f} s "
-              f"{row['optimizer_seconds'] * 1e3:7.1f} ms {row['share_of_forward_backward']:7.2%} "
-              f"{sum(row['communication_seconds'].values()) * 1e3:8.1f} ms {row['sent_bytes'] / 1e9:6.2f} GB "
-              f"{sum(row['memory_bytes'].values()) / 1e9:6.2f} GB {row['ns_max_over_ideal'] or 0:7.2f}x   "
-              f"{parts}")  # fmt: skip
-    print("\nwhat would make it worse: share of forward-backward, Muon home, at " +
-          ", ".join(f"{world}" for world in HEADLINE_RANKS) + " ranks")  # fmt: skip
-    for row in result["sensitivities"]:
+          f"{'sent':>9s} {'memory':>9s} {'NS work':>8s}   exposed ms by part", flush=True)  # fmt: skip
+
+
+def print_curve(row: Mapping[str, Any]) -> None:
+    """One prediction; at once, for the largest take a while."""
+    parts = ", ".join(f"{part} {seconds * 1e3:.2f}" for part, seconds in row["exposed_seconds"].items())
+    print(f"{row['ranks']:6d} {row['setup']:26s} {row['forward_backward_seconds']:7.2f} s "
+          f"{row['optimizer_seconds'] * 1e3:7.1f} ms {row['share_of_forward_backward']:7.2%} "
+          f"{sum(row['communication_seconds'].values()) * 1e3:8.1f} ms {row['sent_bytes'] / 1e9:6.2f} GB "
+          f"{sum(row['memory_bytes'].values()) / 1e9:6.2f} GB {row['ns_max_over_ideal'] or 0:7.2f}x   "
+          f"{parts}", flush=True)  # fmt: skip
+
+
+def predict_all(training: Training, machine: Machine, ranks: Sequence[int]) -> dict[str, Any]:
+    """Everything about one model on one machine, printed as it is found.
+
+    Raises:
+        ValueError: the parallel sizes divide none of `ranks`, or not the model.
+    """
+    fitting, others = divided(training, ranks)
+    sizes = f"tp {training.tp} x pp {training.pp} with ep {training.ep}"
+    if not fitting:
+        raise ValueError(f"{sizes} divides none of --ranks {', '.join(map(str, ranks))}")
+    inputs = assumptions(training, machine)
+    print_inputs(inputs)
+    rows = []
+    for row in curves(training, machine, fitting):
+        print_curve(row)
+        rows.append(row)
+    if others:
+        print(f"left out, for {sizes} does not divide them: {', '.join(map(str, others))}")
+    few = [world for world in HEADLINE_RANKS if world in fitting] or fitting[:3]
+    print(f"\nwhat would make it worse: share of forward-backward, Muon home, at {', '.join(map(str, few))} ranks",
+          flush=True)  # fmt: skip
+    changed = sensitivities(training, machine, few)
+    for row in changed:
         print(f"  {row['change']:50s} " + " ".join(f"{share:8.2%}" for share in row["share"].values()))
+    return {"assumptions": inputs, "curves": rows, "sensitivities": changed}
 
 
 def check_files(fitted: dict[str, Any] | None, paths: Sequence[Path], output: Path | None) -> None:
@@ -216,15 +245,13 @@ def main() -> None:
             check_files(args.links, args.check, args.json)
             return
         machine = fitted_machine(args.links) if args.links else MACHINES[args.hardware]
+        command = f"python -m perf.scale {' '.join(sys.argv[1:])}"
         result: dict[str, Any] = {
-            "machine": describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}"),
-            "assumptions": assumptions(training, machine),
-            "curves": list(curves(training, machine, tuple(args.ranks))),
-            "sensitivities": list(sensitivities(training, machine)),
+            "machine": describe_machine(command),
+            **predict_all(training, machine, args.ranks),
         }
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    print_tables(result)
     if args.check_bytes:
         outcomes = [run_case(case) for case in CASES]
         print("\n" + format_outcomes(outcomes))

@@ -21,8 +21,9 @@ from perf import comm, fake_world, links
 from perf.check import check
 from perf.cluster import MACHINES, Machine
 from perf.fake_world import Case, run_case
-from perf.prediction import WaveSeconds, pipeline, predict
+from perf.prediction import predict
 from perf.report import assemble
+from perf.waves import WaveSeconds, pipeline
 from perf.workload import MeasuredTraining, Setup, Training
 
 H100 = MACHINES["h100-ib400"]
