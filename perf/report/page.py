@@ -35,8 +35,8 @@ td { text-align: right; border-bottom: 1px solid var(--line); padding: 5px 9px; 
 th:first-child, td:first-child { text-align: left; }
 td.good { color: var(--good); font-weight: 600; } td.bad { color: var(--bad); font-weight: 600; }
 tr.lead td { background: #eef4ff; font-weight: 600; }
+.words th, .words td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--accent); }
-.side { font-weight: 600; } .side.a { color: var(--soft); } .side.b { color: var(--accent); }
 code, pre { font: 12.5px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f9; padding: 10px 12px; border-radius: 8px; }
 /* A phone: charts drawn narrow, and a table's row as a list of its cells, each behind its heading. */
@@ -56,13 +56,18 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f4f6f9; paddi
 
 
 def table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, lead: int | None = None, marks: Sequence[str] = ()
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    lead: int | None = None,
+    marks: Sequence[str] = (),
+    words: bool = False,
 ) -> str:
     """An HTML table.
 
     Args:
         header, rows: text; every row as long as the header. lead: row to stress.
-        marks: per row, a class ("good" or "bad") for its last cell.
+        marks: per row, a class ("good" or "bad") for its last cell. words: cells are texts, in lines that fit.
     """
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = []
@@ -75,7 +80,8 @@ def table(
             for label, cell, mark in zip(header, row, classes, strict=True)
         ]
         body.append(f"<tr{' class=lead' if number == lead else ''}>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table><tr>{head}</tr>{"".join(body)}</table></div>'
+    kind = ' class="words"' if words else ""
+    return f'<div class="scroll"><table{kind}><tr>{head}</tr>{"".join(body)}</table></div>'
 
 
 def pair(*parts: str) -> str:
