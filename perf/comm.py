@@ -129,8 +129,8 @@ def predicted_bytes(optimizer: DistributedMuon) -> dict[str, int]:
     for wave in plan.schedule(rank):
         out["to_homes"] += sum(wave.gather.send_counts) * wire
         out["from_homes"] += sum(wave.scatter.send_counts) * wire
-    # fp64: the norm, a presence flag per tensor, a flag per bucket, and two for wrong use.
-    agreed = 8 * (1 + len(plan.layout.tensors) + len(optimizer._buckets) + 2)
+    # fp64: the norm, two of the options' hash, a flag per tensor and per bucket, and one for what cannot be followed.
+    agreed = 8 * (3 + len(plan.layout.tensors) + len(optimizer._buckets) + 1)
     out["all_reduce"] = 2 * (agreed * (size - 1) // size)
     out["team"] = plan.team_bytes_by_rank[rank]
     return dict(out)
