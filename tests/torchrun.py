@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+CORPUS = ROOT / "launch" / "models" / "moonlight.py"  # a small text, so that no run reads the whole standard library
 TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m")
 
 

@@ -20,7 +20,7 @@ from launch.pretrain_deepspeed import CONFIG
 from tests.integrations import megatron_cpu
 from tests.integrations.test_megatron_checkpoint import checked
 from tests.spawn import run_ranks
-from tests.torchrun import ROOT, flags
+from tests.torchrun import CORPUS, flags
 
 STEPS = 50
 COMMON = {
@@ -37,7 +37,7 @@ COMMON = {
     "--lr": 0.01,
     "--clip": 0.5,
     "--validation-samples": 8,
-    "--data": ROOT / "distributed_muon" / "matrices.py",
+    "--data": CORPUS,
 }
 MODELS = {
     "dense": {"--model": "dense", "--num-key-value-heads": 2, "--head-dim": 8, **COMMON},
@@ -64,6 +64,13 @@ OTHERS = {
 }
 
 
+CLASSES = {
+    "pretrain": "PlainTrainer",
+    "pretrain_deepspeed": "DeepSpeedTrainer",
+    "pretrain_megatron": "MegatronTrainer",
+}
+
+
 def train_here(rank: int, world: int, trainer: str, words: list[str]) -> None:
     if trainer == "pretrain_megatron":
         megatron_cpu.install()
@@ -73,7 +80,7 @@ def train_here(rank: int, world: int, trainer: str, words: list[str]) -> None:
 
     module = import_module(f"launch.{trainer}")
     args = module.parse_arguments(words)
-    checked(lambda: train(module.Trainer, args, World(rank, world, torch.device("cpu"))))
+    checked(lambda: train(getattr(module, CLASSES[trainer]), args, World(rank, world, torch.device("cpu"))))
 
 
 def curve(folder: Path, trainer: str, options: dict[str, object], world: int = 1, *more: str) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from argparse import Namespace
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 from launch import environment, loop
 from launch.data import TokenData
 from launch.metrics import MetricsWriter, plot_losses, read_metrics
+from launch.phases import Phases
 from launch.pretrain import parse_arguments
 from launch.progress import Lines, LiveTable, Silent, open_progress
 from launch.trackers import TensorBoard, check_installed, open_trackers
@@ -176,11 +176,15 @@ class Steps:
     def __init__(self, done=0, stop_at=0):
         self.data = TokenData([np.arange(99) % 5], [np.arange(99) % 5], 5, 4)
         self.done, self.stop_at, self.calls = done, stop_at, []
+        self.phases = Phases()
 
     def train_step(self, stop):
         self.done += 1
         self.calls.append(self.done)
         return {"loss": 1 / self.done, "optimizer_seconds": 0.0}, self.done == self.stop_at
+
+    def take_seconds(self):
+        return {"forward_backward": 0.5, "wait": 0.25}
 
     def validate(self):
         self.calls.append(f"validate {self.done}")
@@ -200,9 +204,10 @@ class Steps:
 
 
 def run(trainer, folder: Path, steps: int, save_hf: Path | None = None):
-    args = Namespace(
+    args = parse_arguments(["--model", "dense"])
+    vars(args).update(
         save_hf=save_hf,
-        **{"model": "none", "steps": steps, "run_dir": folder, "sequence_length": 4, "validation_samples": 8},
+        **{"steps": steps, "run_dir": folder, "sequence_length": 4, "validation_samples": 8},
         **{"validation_interval": 2, "checkpoint_interval": 3, "log_interval": 1, "log_to": []},
     )
     return loop.train(lambda args, world: trainer, args, ONE)
@@ -258,10 +263,10 @@ def test_loop_with_nothing_left_to_do_validates_only(tmp_path):
 
 
 def test_versions_name_the_packages_the_host_and_the_commit(tmp_path, monkeypatch):
-    described = environment.describe_run(ONE)
+    described = environment.describe_run(ONE, ["here"])
     assert described["versions"]["torch"] == metadata.version("torch")
-    assert list(described["ranks_by_host"].values()) == [1]
+    assert described["ranks_by_host"] == {"here": 1}
     if (Path(__file__).parents[2] / ".git").exists():
         assert len(described["commit"].removesuffix("-dirty")) == 40
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))  # not a checkout
-    assert environment.describe_run(ONE)["commit"] is None
+    assert environment.describe_run(ONE, ["here"])["commit"] is None
