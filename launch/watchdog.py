@@ -25,7 +25,7 @@ from launch.failure import tell_torchrun
 from launch.sameness import spans
 from launch.world import World
 
-GRACE = 10.0  # seconds that a rank has to write what it is doing
+GRACE = 5.0  # seconds that a rank has to write what it is doing
 _ROOT = str(Path(__file__).parents[1])
 _TORCH_DISTRIBUTED = os.path.join(os.path.dirname(torch.__file__), "distributed")
 _WAITING_CALLS = (".wait(", "synchronize(", ".item()", ".tolist()", "barrier(", "all_reduce(", "all_gather")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.multihost.hosts import Host, make_hosts, why_not
 
@@ -24,15 +25,44 @@ FLAGS = (
 SMALL = FLAGS.split()
 
 
-def start(
-    host: Host, log: Path, nodes: str, head: Host, port: int, words: list[str], restarts: int = 0
-) -> subprocess.Popen[bytes]:
+def start(host: Host, log: Path, nodes: str, head: Host, port: int, words: list[str]) -> subprocess.Popen[bytes]:
     """The launch script on one host, as a user would start it."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    settings = {"NNODES": nodes, "NPROC": "1", "HEAD": head.address, "PORT": str(port), "RESTARTS": str(restarts)}
+    # 100 Mbit/s, one of the speeds tried here, is less than preflight wants.
+    settings = {
+        "PREFLIGHT_FLAGS": "--least-mbit 20",
+        "NNODES": nodes,
+        "NPROC": "1",
+        "HEAD": head.address,
+        "PORT": str(port),
+        "RESTARTS": "0",
+    }
     return host.start(
         [SCRIPT, "-m", "launch.pretrain", *words], log, {**settings, "PATH": path, "PYTHONPATH": str(ROOT)}
     )
+
+
+def start_worker(hosts: list[Host], number: int, log: Path, words: list[str]) -> subprocess.Popen[bytes]:
+    """A worker of launch/kubeflow_pytorchjob.yaml on a host."""
+    job = yaml.safe_load((ROOT / "launch" / "kubeflow_pytorchjob.yaml").read_text())["spec"]
+    elastic = job["elasticPolicy"]
+    (container,) = job["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"]
+    args = container["args"]
+    kept = args[args.index("--resume") :]
+    operator = {
+        "PET_NNODES": f"{elastic['minReplicas']}:{elastic['maxReplicas']}",
+        "PET_NPROC_PER_NODE": "1",
+        "PET_MAX_RESTARTS": str(elastic["maxRestarts"]),
+        "PET_RDZV_BACKEND": elastic["rdzvBackend"],
+        "PET_RDZV_ENDPOINT": f"{hosts[0].address}:29531",
+        "PET_RDZV_ID": "distributed-muon",
+        # Pods have names that resolve to their addresses; these hosts have not.
+        "PET_RDZV_CONF": f"is_host={str(number == 0).lower()}",
+        "PET_LOCAL_ADDR": hosts[number].address,
+    }
+    given = {entry["name"]: entry["value"] for entry in container["env"]}
+    command = [str(Path(sys.executable).with_name("torchrun")), *container["command"][1:], *words, *kept]
+    return hosts[number].start(command, log, {**operator, **given, "PYTHONPATH": str(ROOT)})
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -72,7 +102,9 @@ def test_two_hosts_train_one_dies_the_other_goes_on(tmp_path: Path, megabits: in
 
 
 def test_an_elastic_job_grows_and_shrinks(tmp_path: Path) -> None:
-    run, words = tmp_path / "run", [*SMALL, "--steps", "100000", "--resume", "auto", "--run-dir", str(tmp_path / "run")]
+    """With the command and the environment of the yaml, as Kubeflow's operator starts its workers."""
+    run = tmp_path / "run"
+    words = [*SMALL, "--steps", "100000", "--run-dir", str(run)]
 
     def wait_for(world: int, first: bool = False) -> None:
         """Until a step newer than now was taken by `world` ranks, as the settings of the last start say."""
@@ -86,9 +118,9 @@ def test_an_elastic_job_grows_and_shrinks(tmp_path: Path) -> None:
             time.sleep(0.5)
 
     with make_hosts(2) as hosts:
-        first = start(hosts[0], tmp_path / "log-0", "1:2", hosts[0], 29531, words, restarts=5)
+        first = start_worker(hosts, 0, tmp_path / "log-0", words)
         wait_for(1, first=True)
-        start(hosts[1], tmp_path / "log-1", "1:2", hosts[0], 29531, words, restarts=5)
+        start_worker(hosts, 1, tmp_path / "log-1", words)
         wait_for(2)
         hosts[1].kill()
         wait_for(1)
