@@ -260,7 +260,9 @@ def make_model(args: argparse.Namespace, vocab_size: int, device: torch.device) 
     model = build_model(args.model, **sizes)
     cast_parameters(model, DTYPES[args.dtype])
     if args.init_from is not None:
-        load_weights(model, args.init_from)
+        skipped = load_weights(model, args.init_from)
+        if skipped and os.environ.get("RANK", "0") == "0":
+            print(f"note: {skipped} tensors of multi-token prediction in {args.init_from} are not trained")
     return model.to(device)
 
 

@@ -44,7 +44,8 @@ def _moonlight(config: MoonlightConfig, length: int) -> int:
     """Multiplications per token of all blocks."""
     hidden, heads = config.hidden_size, config.num_attention_heads
     key = config.qk_nope_head_dim + config.qk_rope_head_dim
-    query = hidden * heads * key
+    compressed = config.q_lora_rank
+    query = compressed * (hidden + heads * key) if compressed else hidden * heads * key
     latent = hidden * (config.kv_lora_rank + config.qk_rope_head_dim)
     latent += config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     attention = length * heads * (key + config.v_head_dim)

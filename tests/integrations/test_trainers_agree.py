@@ -16,6 +16,7 @@ from launch.metrics import read_metrics
 from launch.models import MODELS as registry
 from launch.models import build_model
 from launch.models.huggingface import save
+from launch.models.layers import RopeScaling
 from launch.pretrain_deepspeed import CONFIG
 from tests.integrations import megatron_cpu
 from tests.integrations.test_megatron_checkpoint import checked
@@ -51,6 +52,11 @@ MODELS = {
         "--moe-intermediate-size": 16,
         **COMMON,
     },
+}
+# What the checkpoints of Llama 3.1 and DeepSeek-V3 have and the trainers' own models have not.
+LIKE_PUBLISHED = {
+    "dense": {"rope_scaling": RopeScaling("llama3", 8.0, 8192)},
+    "moonlight": {"q_lora_rank": 24, "n_group": 2, "topk_group": 1},
 }
 PARALLEL = {
     "dense TP2": ("--tp", "2"),
@@ -129,7 +135,9 @@ def test_a_checkpoint_starts_all_of_them(model: str, tmp_path: Path) -> None:
     torch.manual_seed(7)
     known = {field.name for field in fields(registry[model][0])}
     sizes = {flag[2:].replace("-", "_"): value for flag, value in MODELS[model].items()}
-    plain_model = build_model(model, vocab_size=384, **{key: size for key, size in sizes.items() if key in known})
+    plain_model = build_model(
+        model, vocab_size=384, **{key: size for key, size in sizes.items() if key in known}, **LIKE_PUBLISHED[model]
+    )
     save(plain_model, tmp_path / "checkpoint")
     size_flags = {f"--{name.replace('_', '-')}" for name in known}
     options = {flag: value for flag, value in MODELS[model].items() if flag not in size_flags}

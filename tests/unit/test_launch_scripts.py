@@ -1,4 +1,4 @@
-"""launch/torchrun_multinode.sh and slurm.sbatch by what they run, with stand-ins for the commands they ask; the yaml files."""
+"""launch/torchrun_multinode.sh and slurm.sbatch by what they run, with stand-ins for what they ask; the yaml files."""
 
 from __future__ import annotations
 
@@ -167,7 +167,9 @@ def test_pods_have_time_to_save_and_shared_memory(name: str) -> None:
 
     def find(tree: object, key: str) -> list:
         if isinstance(tree, dict):
-            return [tree[key]] * (key in tree) + [hit for value in tree.values() for hit in find(value, key)]
+            return [tree[key] for _ in tree.keys() & {key}] + [
+                hit for value in tree.values() for hit in find(value, key)
+            ]
         return [hit for value in tree for hit in find(value, key)] if isinstance(tree, list) else []
 
     (grace,) = find(objects, "terminationGracePeriodSeconds")
