@@ -183,11 +183,17 @@ def _gpt(args: argparse.Namespace, config: TransformerConfig, vocab_size: int, s
     )
     if config.multi_latent_attention:
         for layer in model.decoder.layers:
-            # Megatron's "qk_layernorm" would norm the query as well, which is not compressed here.
-            norm = nn.RMSNorm(config.kv_lora_rank, eps=_LATENT_EPS, dtype=config.params_dtype)
-            norm.weight.sequence_parallel = config.sequence_parallel
-            layer.self_attention.kv_layernorm = norm
+            # Megatron's "qk_layernorm" would norm a query that is not compressed, too.
+            layer.self_attention.kv_layernorm = _latent_norm(config, config.kv_lora_rank)
+            if config.q_lora_rank is not None:
+                layer.self_attention.q_layernorm = _latent_norm(config, config.q_lora_rank)
     return model
+
+
+def _latent_norm(config: TransformerConfig, size: int) -> nn.RMSNorm:
+    norm = nn.RMSNorm(size, eps=_LATENT_EPS, dtype=config.params_dtype)
+    norm.weight.sequence_parallel = config.sequence_parallel
+    return norm
 
 
 def _wrap(

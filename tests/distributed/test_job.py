@@ -44,9 +44,11 @@ JOB = ["launch.pretrain", *flags(SIZES), "--log-to"]
 
 def failed(*words: object) -> tuple[list[str], str]:
     """The error lines that the ranks of a job print before torchrun reports, and torchrun's report."""
+    begin = time.monotonic()
     with job([*JOB, *words]) as process:
         _, err = process.communicate(timeout=LIMIT)
         assert process.returncode != 0
+    print(f"ended after {time.monotonic() - begin:.0f} s")
     ranks, _, report = err.partition("Traceback (most recent call last)")
     return [line for line in ranks.splitlines() if line.startswith(("error", "Traceback"))], report
 
@@ -116,7 +118,9 @@ def test_a_stopped_rank_is_named_and_ends_the_job(tmp_path: Path) -> None:
         begin = time.monotonic()
         os.kill(stopped, signal.SIGSTOP)
         _, err = process.communicate(timeout=LIMIT)
-        assert process.returncode != 0 and time.monotonic() - begin < 75  # torchrun waits 30 s for the stopped rank
+        seconds = time.monotonic() - begin
+        print(f"ended {seconds:.0f} s after the fault")
+        assert process.returncode != 0 and seconds < 75  # torchrun waits 30 s for the stopped rank
     (line,) = (line for line in err.splitlines() if line.startswith("error"))
     assert line.startswith("error: no progress for 3 s in step ")
     assert re.search(r"rank 0 waits .*at (launch|distributed_muon)/\w+", line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from launch.preflight.facts import NodeFacts, find_problems
+from launch.preflight import facts as facts_module
+from launch.preflight.__main__ import PreflightError, _exchange
+from launch.preflight.facts import NodeFacts, collect_facts, find_problems
 from launch.preflight.links import link_problems, partners
 from tests.multihost.hosts import DEVICE, Host, make_hosts, why_not
 
@@ -67,7 +71,9 @@ def preflight(
         for i, host in enumerate(hosts)
     ]
     codes = [process.wait(timeout=90) for process in running]
-    return codes, "\n".join(log.read_text() for log in logs), time.monotonic() - begin
+    seconds = time.monotonic() - begin
+    print(f"ended with {codes} after {seconds:.0f} s")
+    return codes, "\n".join(log.read_text() for log in logs), seconds
 
 
 @hosted
@@ -176,3 +182,28 @@ def test_the_odd_node_is_the_one_against_the_majority() -> None:
         "node n3 a (ranks 6-7) has commit y, the others x",
         "node n1 a has a /dev/shm of 64 MiB",
     ]
+
+
+def test_what_is_wrong_with_a_node_by_itself_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert collect_facts(0, 8, [], [tmp_path]).faults == []
+    (tmp_path / "file").touch()
+    usage = shutil.disk_usage("/")._replace(total=64 << 20, free=5 << 20)
+    monkeypatch.setattr(facts_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (64 << 10, 64 << 10))
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda self: str(self) == "/dev/infiniband" or exists(self))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert collect_facts(0, 10_000, [], [tmp_path / "file"]).faults == [
+        "has a /dev/shm of 64 MiB: mount one of 1 GiB or more (docker: --shm-size)",
+        "allows 65536 open files, and 10000 ranks need 80064: ulimit -n 80064",
+        "locks 64 KiB of memory at most, and RDMA needs no limit: ulimit -l unlimited",
+        f"cannot write to {tmp_path / 'file'}: File exists",
+        f"has 5 MiB free in {tmp_path}: make room for 1 GiB or more",
+    ]
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    store = dist.HashStore()
+    store.set("preflight/facts/2", "{}")
+    with pytest.raises(PreflightError, match="ranks 1, 3 did not report their facts within 1 s"):
+        _exchange(store, "facts", {}, 0, 4, 1.0)
