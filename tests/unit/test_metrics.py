@@ -129,7 +129,7 @@ def test_plain_lines_without_a_terminal(capsys):
     for step in range(1, 6):
         display.update({"step": step, "loss": 1.5, "expert_load_max_over_mean": 2.0})
     display.validated(5, 1.25)
-    display.update({"step": 2, "loss": 1.5, "lr": 0.1, **RATES})
+    display.update({"step": 2, "loss": 1.5, "lr": 0.1, **RATES, "tflops": 412.34, "mfu": 0.4167})
     silent = open_progress(5, 0, 1, main=False)
     assert type(silent) is Silent
     silent.update({"step": 5, "loss": 1.5})
@@ -137,7 +137,7 @@ def test_plain_lines_without_a_terminal(capsys):
     assert capsys.readouterr().out.splitlines() == [
         *(f"step {step}/5 loss 1.5" for step in (2, 4, 5)),
         "step 5 val_loss 1.2500",
-        "step 2/5 loss 1.5 lr 0.1 seconds 0.5 tokens/s 12,346 optimizer 12.5% exposed 10.0%",
+        "step 2/5 loss 1.5 lr 0.1 seconds 0.5 tokens/s 12,346 optimizer 12.5% exposed 10.0% TFLOP/s 412 MFU 41.7%",
     ]
 
 
@@ -146,7 +146,7 @@ def test_the_live_table_fits_the_terminal_and_gives_it_back(width, capsys):
     screen = io.StringIO()
     console = Console(file=screen, width=width, force_terminal=True, color_system=None)
     table = LiveTable(240, 0, console)
-    table.update({"step": 120, "loss": 3.25, "lr": 0.004, "grad_norm": 0.5, **RATES})
+    table.update({"step": 120, "loss": 3.25, "lr": 0.004, "grad_norm": 0.5, **RATES, "tflops": 412.34, "mfu": 0.4167})
     table.validated(120, 3.5)
     table.close()
     shown = screen.getvalue()
@@ -158,6 +158,7 @@ def test_the_live_table_fits_the_terminal_and_gives_it_back(width, capsys):
     assert cells["loss"] == "3.2500" and cells["val loss"] == "3.5000" and cells["tokens/s"] == "12,346"
     assert cells["optimizer"] == "12.5%" and cells["exposed"] == "10.0%"
     assert ("grad norm" in cells) == (width == 120)
+    assert (cells.get("TFLOP/s"), cells.get("MFU")) == (("412", "41.7%") if width == 120 else (None, None))
     assert capsys.readouterr().out == "step 120 val_loss 3.5000\n"
 
 
