@@ -40,7 +40,7 @@ SIZES = {
     "--steps": 6,
     "--checkpoint-interval": 3,
     "--log-interval": 2,
-    "--data": ROOT / "distributed_muon" / "matrices.py",
+    "--data": ROOT / "distributed_muon" / "layout" / "matrices.py",
 }
 JOB = ["launch.pretrain_deepspeed", *flags(SIZES)]
 
@@ -95,6 +95,6 @@ def test_ready_configs_are_accepted() -> None:
 )
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     job = ["launch.hf_trainer_deepspeed", "--output-dir", tmp_path, "--steps", 12, "--hidden-size", 32]
-    data = ["--data", ROOT / "distributed_muon" / "matrices.py"]
+    data = ["--data", ROOT / "distributed_muon" / "layout" / "matrices.py"]
     (first, *_, last), _ = run_to_end([*job, *data], limit=LIMIT)
     assert last < first - 0.5
