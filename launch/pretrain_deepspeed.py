@@ -95,7 +95,13 @@ class Trainer:
         self.title = f"DeepSpeed ZeRO {self.engine.zero_optimization_stage()}"
         self.done = 0
         if args.resume:
-            path, client = self.engine.load_checkpoint(self._checkpoints)
+            try:
+                path, client = self.engine.load_checkpoint(self._checkpoints)
+            except deepspeed.runtime.zero.utils.ZeRORuntimeException as error:
+                raise ValueError(
+                    f"--resume: {error} Convert the checkpoint with python -m deepspeed.checkpoint.ds_to_universal "
+                    '--inject_missing_state, and load it with "checkpoint": {"load_universal": true} in the config'
+                ) from error
             if path is None and args.resume == "always":
                 raise ValueError(f"--resume: no checkpoint in {self._checkpoints}: start without --resume")
             self.done = client["step"] if path is not None else 0

@@ -27,7 +27,7 @@ from distributed_muon.engine.options import Options, parameter_names, tensor_spe
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import Member, Part
 from distributed_muon.engine.step import ShardedStep
-from distributed_muon.integrations.deepspeed_config import CONFIG_BLOCK, check_config
+from distributed_muon.integrations.deepspeed_config import CONFIG_BLOCK, check_config, read_block
 from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
     Partition,
@@ -254,26 +254,25 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
 
-def optimizer_from_config(model: nn.Module, config: Mapping[str, Any] | str | Path) -> PartitionedOptimizer:
+def optimizer_from_config(model: nn.Module, config: Any) -> PartitionedOptimizer:
     """The optimizer that the block "distributed_muon" of a DeepSpeed config describes.
 
     For trainers that call `deepspeed.initialize` themselves: give them the same config and this optimizer.
 
     Args:
         model: the model, before `deepspeed.initialize`.
-        config: DeepSpeed's config, as a mapping or a JSON file. The block holds arguments of
-            `PartitionedOptimizer`, and under "groups" those of `muon_param_groups`.
+        config: DeepSpeed's config, as a mapping, a JSON file, or Hugging Face's TrainingArguments that hold it. The
+            block holds arguments of `PartitionedOptimizer`, and under "groups" those of `muon_param_groups`; "auto"
+            is filled in from TrainingArguments, in place.
 
     Raises:
         ValueError: the block is missing, or the config asks for something that is not supported.
     """
-    if not isinstance(config, Mapping):
+    arguments = config if hasattr(config, "hf_deepspeed_config") else None
+    if arguments is not None:
+        config = arguments.hf_deepspeed_config.config
+    elif not isinstance(config, Mapping):
         config = json.loads(Path(config).read_text(encoding="utf-8"))
     check_config(config)
-    if CONFIG_BLOCK not in config:
-        raise ValueError(f'{CONFIG_BLOCK}: the DeepSpeed config has no such block; add "{CONFIG_BLOCK}": {{"lr": ...}}')
-    options = dict(config[CONFIG_BLOCK])
-    groups = muon_param_groups(model, **options.pop("groups", {}))
-    if "ns_dtype" in options:
-        options["ns_dtype"] = getattr(torch, options["ns_dtype"], options["ns_dtype"])
-    return PartitionedOptimizer(groups, **options)
+    options, groups = read_block(config, arguments)
+    return PartitionedOptimizer(muon_param_groups(model, **groups), **options)
