@@ -48,7 +48,8 @@ class ShardedStep:
     Args:
         members: the domain's parameters in forward order, alike on all its ranks.
         param_groups: complete groups (`Options.complete`); read in every step.
-        options: of the whole optimizer. collectives: over the domain. device: of all tensors.
+        options: of the whole optimizer. collectives: over the domain.
+        device: of the exchange and Newton-Schulz; parts may lie elsewhere, on the host.
         also: further lines that must be equal on all ranks.
 
     Attributes:
@@ -107,7 +108,8 @@ class ShardedStep:
             busy=busy,
         )
         algorithms = [self.param_groups[member.group]["algorithm"] for member in self.members]
-        self.parameters: list[OwnedParameter] = own_parameters(self.members, algorithms, parts, self.device)
+        place = self.parts[0].master.device if self.parts else self.device
+        self.parameters: list[OwnedParameter] = own_parameters(self.members, algorithms, parts, place)
         self._schedule = self.plan.schedule(self.collectives.rank)
         sizes = [_slot_sizes(self.plan, wave) for wave in self._schedule]
         self._workspace = Workspace(sizes, options.ns_dtype, self.device)
