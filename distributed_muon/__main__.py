@@ -1,4 +1,4 @@
-"""`python -m distributed_muon plan|audit`: what a job would cost, and which optimizer each parameter gets."""
+"""`python -m distributed_muon plan|audit|deepspeed-config`: what a job costs, who gets Muon, and a config converted."""
 
 from __future__ import annotations
 
@@ -53,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--json", action="store_true", help="one JSON list of rows, not folded")
     check.set_defaults(run=_audit)
 
+    convert = commands.add_parser("deepspeed-config", help="print a DeepSpeed config with our block for its optimizer")
+    convert.add_argument("file", type=Path, metavar="FILE", help='JSON with an "optimizer" block: Muon, Adam or AdamW')
+    convert.set_defaults(run=_convert)
+
     plan = commands.add_parser(
         "plan",
         help="plan a model at any scale, without ranks",
@@ -80,6 +84,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="one JSON object")
     plan.set_defaults(run=_plan)
     return parser
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from distributed_muon.integrations.deepspeed_config import convert_config
+
+    print(json.dumps(convert_config(json.loads(args.file.read_text(encoding="utf-8"))), indent=2))
+    return 0
 
 
 def _audit(args: argparse.Namespace) -> int:

@@ -32,7 +32,7 @@ class MuonTrainer(Trainer):
     """Trainer whose optimizer is described by the block "distributed_muon" of the DeepSpeed config."""
 
     def create_optimizer(self, *args: object, **kwargs: object) -> torch.optim.Optimizer:
-        self.optimizer = optimizer_from_config(self.model, self.args.deepspeed)
+        self.optimizer = optimizer_from_config(self.model, self.args)
         return self.optimizer
 
 

@@ -80,7 +80,13 @@ class DeepSpeedTrainer(Trainer):
             buffer.data = buffers[name]  # DeepSpeed casts rotary tables and router biases, too
         self.title = f"DeepSpeed ZeRO {self.engine.zero_optimization_stage()}"
         if self.begin is not None:
-            _, client = self.engine.load_checkpoint(str(self.begin.parent), self.begin.name)
+            try:
+                _, client = self.engine.load_checkpoint(str(self.begin.parent), self.begin.name)
+            except deepspeed.runtime.zero.utils.ZeRORuntimeException as error:
+                raise ValueError(
+                    f"--resume: {error} Convert the checkpoint with python -m deepspeed.checkpoint.ds_to_universal "
+                    '--inject_missing_state, and load it with "checkpoint": {"load_universal": true} in the config'
+                ) from error
             self.done = client["step"]
 
     def forward_backward(self) -> tuple[float, float]:

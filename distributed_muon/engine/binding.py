@@ -136,6 +136,12 @@ class Binding:
             for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.packed)):
                 views.bind_gradients(self._parts)
 
+    def release_gradients(self) -> None:
+        """Hold no view of a gradient until the next look-up."""
+        self._gradients = []
+        for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.packed)):
+            views.grads = []
+
     def bind_runs(self) -> None:
         """Neighbouring active shards of one group as one run, the padding between them included.
 

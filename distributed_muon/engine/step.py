@@ -48,7 +48,8 @@ class ShardedStep:
     Args:
         members: the domain's parameters in forward order, alike on all its ranks.
         param_groups: complete groups (`Options.complete`); read in every step.
-        options: of the whole optimizer. collectives: over the domain. device: of all tensors.
+        options: of the whole optimizer. collectives: over the domain.
+        device: of the exchange and Newton-Schulz; parts may lie elsewhere, on the host.
         also: further lines that must be equal on all ranks.
 
     Attributes:
@@ -107,7 +108,8 @@ class ShardedStep:
             busy=busy,
         )
         algorithms = [self.param_groups[member.group]["algorithm"] for member in self.members]
-        self.parameters: list[OwnedParameter] = own_parameters(self.members, algorithms, parts, self.device)
+        place = self.parts[0].master.device if self.parts else self.device
+        self.parameters: list[OwnedParameter] = own_parameters(self.members, algorithms, parts, place)
         self._schedule = self.plan.schedule(self.collectives.rank)
         sizes = [_slot_sizes(self.plan, wave) for wave in self._schedule]
         self._workspace = Workspace(sizes, options.ns_dtype, self.device)
@@ -215,6 +217,11 @@ class ShardedStep:
         self._bindings: dict[Any, Binding] = {}
         self._current: Binding | None = None
 
+    def release_gradients(self) -> None:
+        """Hold no view of the parts' gradients, so that a framework that makes them anew can free the old ones."""
+        for bound in self._bindings.values():
+            bound.release_gradients()
+
     def _bind(self, active: tuple[bool, ...]) -> Binding:
         shaping = tuple(
             tuple(map(repr, (g["ns_coefficients"], g["ns_steps"], g["eps"], g["adjust_lr_fn"])))
@@ -268,7 +275,8 @@ class ShardedStep:
         For frameworks that turn missing gradients into zeros: what is zero everywhere was frozen or not used, and
         stepping it would move it on at full size, since Newton-Schulz restores the size of a decaying momentum.
         """
-        return self._anywhere([p.grad.any() for p in self.parameters])
+        # Sums of sizes: one kernel for all on a GPU, and no square of a small number becomes 0.
+        return self._anywhere([total != 0 for total in torch._foreach_norm([p.grad for p in self.parameters], 1)])
 
     def _anywhere(self, flags: Sequence[Tensor]) -> list[bool]:
         mine = torch.stack(list(flags)).to(self.device, torch.float32)

@@ -54,8 +54,11 @@ def apply_update(masters: Sequence[Tensor], updates: Sequence[Tensor], lr: float
     """p = p - lr * ratio * update in place.
 
     Args:
-        masters: fp32. updates: fp32 or bf16, same shapes. ratio: `lr_ratio` of their matrices.
+        masters: fp32. updates: fp32 or bf16, same shapes, and on another device where masters are offloaded.
+        ratio: `lr_ratio` of their matrices.
     """
+    if masters and masters[0].device != updates[0].device:
+        updates = [update.to(masters[0].device) for update in updates]
     torch._foreach_add_(masters, updates, alpha=-lr * ratio)
 
 

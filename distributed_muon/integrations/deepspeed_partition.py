@@ -2,77 +2,77 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.options import as_groups
+from distributed_muon.engine.state import Member, Part
+from distributed_muon.engine.step import ShardedStep
 from distributed_muon.layout.cutting import Bucket, cut_buckets
-from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Shard
 
 # Groups name themselves by this key: DeepSpeed passes them to step() one by one, and dicts may be replaced.
 INDEX = "group_index"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Partition:
-    """One parameter group as ZeRO cut it, on one rank.
+    """One flat tensor of fp32 masters that ZeRO cut for this rank, and what it is a part of.
 
     Args:
-        specs, params: the tensors of the group, in the order of construction.
-        bucket: where each of them lies in the group's whole flat buffer.
-        collectives: over the ranks that share the buffer.
+        group: number of the parameter group. flat: this rank's masters.
+        members: the tensors cut, in the order of construction.
+        shards: per rank, what it holds of them. offsets: where this rank's lie in `flat`.
+        place: what must be equal on all ranks for that. collectives: over these ranks.
+        engine, part: of the steps, from the first one on. steps: how many were taken.
     """
 
-    specs: list[TensorSpec]
-    params: list[nn.Parameter]
-    bucket: Bucket
+    group: int
+    flat: Tensor
+    members: list[Member]
+    shards: list[list[Shard]]
+    offsets: list[int]
+    place: str
     collectives: Collectives
+    engine: ShardedStep | None = None
+    part: Part | None = None
+    steps: int = 0
 
-    @cached_property
-    def shards(self) -> list[list[Shard]]:
-        """Per rank, the shards that its part of the buffer holds."""
-        return cut_buckets([self.bucket], [spec.numel for spec in self.specs], self.collectives.size)
+    @property
+    def own(self) -> list[Shard]:
+        """This rank's shards."""
+        return self.shards[self.collectives.rank]
 
-    @cached_property
-    def _cuts(self) -> list[tuple[int, int]]:
-        """(offset in this rank's part, elements) of each of its shards."""
-        begin = self.collectives.rank * (self.bucket.numel // self.collectives.size)
-        own = self.shards[self.collectives.rank]
-        return [(self.bucket.offsets[s.tensor] + s.start - begin, s.stop - s.start) for s in own]
+    def _views(self, flat: Tensor) -> list[tuple[Shard, Tensor]]:
+        return [(s, flat.narrow(0, at, s.stop - s.start)) for s, at in zip(self.own, self.offsets, strict=True)]
 
-    def views(self, flat: Tensor) -> list[Tensor]:
-        """This rank's shards as 1-D views of its flat partition (or of its gradient, or its moments)."""
-        return [flat.narrow(0, *cut) for cut in self._cuts]
-
-    def follows(self, flat: Tensor) -> bool:
+    def follows(self) -> bool:
         """Whether this rank's elements of the parameters are those of its flat masters."""
-        own = zip(self.shards[self.collectives.rank], self.views(flat), strict=True)
-        held = [(self.params[shard.tensor].detach().view(-1)[shard.start : shard.stop], view) for shard, view in own]
+        held = [
+            (self.members[s.tensor].param.detach().view(-1)[s.start : s.stop], v) for s, v in self._views(self.flat)
+        ]
         return all(torch.equal(param, master.to(param.dtype)) for param, master in held)
 
-    def cut_whole_matrices(self, buffer: Tensor, flat: Tensor) -> Tensor:
+    def cut_whole_matrices(self, buffer: Tensor) -> Tensor:
         """This rank's partition out of DeepSpeed's momentum: every tensor it touches, whole, end to end."""
-        own = {
-            s.tensor: (s, view) for s, view in zip(self.shards[self.collectives.rank], self.views(flat), strict=True)
-        }
-        at = 0
-        for tensor in sorted(own, key=lambda t: self.bucket.offsets[t]):
-            shard, view = own[tensor]
-            if at + self.specs[tensor].numel <= buffer.numel():
+        flat, at = torch.zeros_like(self.flat), 0
+        for shard, view in self._views(flat):
+            numel = self.members[shard.tensor].spec.numel
+            if at + numel <= buffer.numel():
                 view.copy_(buffer[at + shard.start : at + shard.stop])
-            at += self.specs[tensor].numel
+            at += numel
         if at != buffer.numel():
             raise ValueError(
                 f"the checkpoint's momentum_buffer has {buffer.numel()} elements, the matrices of "
-                f"{self.specs[0].name!r}'s group on this rank {at}: use muon_param_groups(overrides=...) to get the "
-                "groups of the earlier run"
+                f"{self.members[0].spec.name!r}'s group on this rank {at}: use muon_param_groups(overrides=...) to get "
+                "the groups of the earlier run"
             )
         return flat
 
@@ -86,10 +86,8 @@ def arrange_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
     Args:
         params: parameters or groups, as torch.optim takes them.
     """
-    groups = list(params)
-    groups = groups if groups and isinstance(groups[0], Mapping) else [{"params": groups}]
     out = []
-    for group in groups:
+    for group in as_groups(params):
         apart: dict[str | None, list[Any]] = {}
         for item in group["params"]:
             # DeepSpeed's own mark: experts are reduced over the expert data-parallel group of this name.
@@ -106,9 +104,10 @@ def _tensor(item: Any) -> Tensor:
     return item[1] if isinstance(item, tuple) else item
 
 
-def refuse_parameters(members: Sequence[tuple[str, nn.Parameter, int]]) -> None:
+def refuse_parameters(members: Iterable[Iterable[Member]]) -> None:
     """Raise a ValueError that names the first parameter that some DeepSpeed feature has marked."""
-    for name, param, _ in members:
+    for member in chain.from_iterable(members):
+        name, param = member.spec.name, member.param
         if getattr(param, "use_muon", False):
             raise ValueError(
                 f"parameter {name!r} is tagged use_muon, for DeepSpeed's own Muon: delete the tag, and the optimizer "
@@ -132,49 +131,47 @@ def refuse_fp16_autocast() -> None:
         raise ValueError('torch_autocast.dtype=float16 is not supported: use "bfloat16", or fp16.enabled')
 
 
-def make_partition(
-    group: Mapping[str, Any], specs: list[TensorSpec], params: list[nn.Parameter], shared: dict[Any, Collectives]
-) -> Partition:
+def make_partition(group: Mapping[str, Any], members: list[Member]) -> Partition:
     """The layout of one group, from where its parameters lie in the flat buffer.
 
     DeepSpeed's own map, `param._hp_mapping`, is not used: under `round_robin_gradients` it is wrong.
     """
     (flat,) = group["params"]
-    name = specs[0].name
-    process_group = params[0]._dp_group
-    collectives = shared.setdefault(process_group, Collectives(process_group))
+    first = members[0]
+    collectives = Collectives(first.param._dp_group)
     if collectives.size != dist.get_world_size() and not group.get("moe"):
         raise ValueError(
-            f"parameter {name!r} is partitioned over {collectives.size} of {dist.get_world_size()} ranks: tensor "
-            "and pipeline parallelism are not supported under DeepSpeed"
+            f"parameter {first.spec.name!r} is partitioned over {collectives.size} of {dist.get_world_size()} ranks: "
+            "tensor and pipeline parallelism are not supported under DeepSpeed"
         )
     numel = flat.numel() * collectives.size
-    for spec, param in zip(specs, params, strict=True):
-        storage = param.untyped_storage()
-        if (
-            storage.nbytes() != numel * param.element_size()
-            or storage.data_ptr() != params[0].untyped_storage().data_ptr()
-        ):
+    for member in members:
+        storage = member.param.untyped_storage()
+        whole = storage.nbytes() == numel * member.param.element_size()
+        if not whole or storage.data_ptr() != first.param.untyped_storage().data_ptr():
             raise ValueError(
-                f"parameter {spec.name!r} is no view of its group's flat buffer of {numel} elements: DeepSpeed laid it "
-                "out in a way that is not supported; use deepspeed 0.19.8"
+                f"parameter {member.spec.name!r} is no view of its group's flat buffer of {numel} elements: DeepSpeed "
+                "laid it out in a way that is not supported; use deepspeed 0.19.8"
             )
-    bucket = Bucket(tuple(range(len(params))), tuple(p.storage_offset() for p in params), numel)
-    return Partition(specs, params, bucket, collectives)
+    places = sorted((member.param.storage_offset(), tensor) for tensor, member in enumerate(members))
+    bucket = Bucket(tuple(tensor for _, tensor in places), tuple(offset for offset, _ in places), numel)
+    shards = cut_buckets([bucket], [member.spec.numel for member in members], collectives.size)
+    begin = collectives.rank * flat.numel()
+    offsets = [members[s.tensor].param.storage_offset() + s.start - begin for s in shards[collectives.rank]]
+    return Partition(group[INDEX], flat, members, shards, offsets, f"group {group[INDEX]} at {bucket}", collectives)
 
 
 def read_moments(
     group: Mapping[str, Any], saved: Mapping[str, Any], moments: Mapping[str, Any], part: Partition
 ) -> dict[str, Tensor]:
     """The moments of one group in a saved state, checked, as tensors of this rank's partition."""
-    (flat,) = group["params"]
-    names = group.get("param_names")
+    flat, names = part.flat, group.get("param_names")
     keys = ("exp_avg",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
     where = f"parameter group {group[INDEX]}"
     if "use_muon" in saved:
         theirs = "muon" if saved["use_muon"] else "adamw"
         if theirs == "muon" and moments:
-            moments = {"exp_avg": _own_part(moments["momentum_buffer"], flat, part)}
+            moments = {"exp_avg": _own_part(moments["momentum_buffer"], part)}
     elif "algorithm" in saved:
         theirs = saved["algorithm"]
         if names != saved.get("param_names"):
@@ -195,14 +192,14 @@ def read_moments(
     return out
 
 
-def _own_part(momentum: Tensor, flat: Tensor, part: Partition) -> Tensor:
+def _own_part(momentum: Tensor, part: Partition) -> Tensor:
     """This rank's partition of a momentum that DeepSpeed's own Muon saved."""
-    dtype = part.params[0].dtype
+    flat, dtype = part.flat, part.members[0].param.dtype
     if dtype == torch.float16:
         raise ValueError(
-            f"momentum of parameter {part.specs[0].name!r} carries the loss scale of DeepSpeed's fp16 run: load with "
-            "load_optimizer_states=False"
+            f"momentum of parameter {part.members[0].spec.name!r} carries the loss scale of DeepSpeed's fp16 run: load "
+            "with load_optimizer_states=False"
         )
     if dtype == torch.bfloat16 and momentum.dtype == torch.float32 and momentum.shape == flat.shape:
         return momentum  # BF16_Optimizer's, already a partition
-    return part.cut_whole_matrices(momentum.to(flat.device, torch.float32), torch.zeros_like(flat))
+    return part.cut_whole_matrices(momentum.to(flat.device, torch.float32))

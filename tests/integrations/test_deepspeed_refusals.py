@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from importlib.util import find_spec
 
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from distributed_muon import muon_param_groups
-from distributed_muon.integrations.deepspeed import PartitionedOptimizer, check_config, optimizer_from_config
+from distributed_muon.integrations.deepspeed import PartitionedOptimizer
 from tests.checks import on_ranks
 from tests.integrations.deepspeed_case import LR, Chosen, Run, zero_config
 
@@ -55,48 +54,6 @@ def test_before_initialize_there_is_nothing_to_step_or_load() -> None:
     for call in (optimizer.step, lambda: optimizer.load_state_dict(optimizer.state_dict())):
         with pytest.raises(ValueError, match=r"zero_optimization\.stage to 1 or 2"):
             call()
-
-
-BAD_CONFIGS = [
-    ({"zero_optimization": {}}, r"zero_optimization\.stage=0"),
-    ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage=3"),
-    ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
-    ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}}}, "offload_param"),
-    ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
-    (
-        {
-            "zero_optimization": {"stage": 1, "round_robin_gradients": True},
-            "checkpoint": {"load_universal": True},
-        },
-        "round_robin_gradients",
-    ),
-    ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size"),
-    ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "torch_autocast"),
-    ({"optimizer": {"type": "Muon", "params": {"lr": 0.1}}}, "optimizer"),
-    ({"zero_allow_untested_optimizer": False}, "zero_allow_untested_optimizer"),
-]
-
-
-@pytest.mark.parametrize(("change", "named"), BAD_CONFIGS)
-def test_configs_are_refused_by_the_name_of_the_option(change, named) -> None:
-    check_config(zero_config(1))
-    with pytest.raises(ValueError, match=named) as error:
-        check_config({**zero_config(1), **change})
-    assert "\n" not in str(error.value)
-
-
-def test_optimizer_from_a_config_file(tmp_path) -> None:
-    block = {"lr": 0.5, "ns_dtype": "float32", "groups": {"overrides": {"0.weight": "adamw"}, "adamw": {"lr": 0.1}}}
-    file = tmp_path / "ds.json"
-    file.write_text(json.dumps({**zero_config(2), "distributed_muon": block}))
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    muon, adamw = optimizer_from_config(model, str(file)).param_groups
-    assert (muon["param_names"], muon["lr"]) == (["1.weight"], 0.5)
-    assert (adamw["param_names"], adamw["lr"]) == (["0.weight", "0.bias", "1.bias"], 0.1)
-    with pytest.raises(ValueError, match="distributed_muon"):
-        optimizer_from_config(model, zero_config(2))
-    with pytest.raises(ValueError, match="ns_dtype"):
-        optimizer_from_config(model, {**zero_config(2), "distributed_muon": {"ns_dtype": "int8"}})
 
 
 @on_ranks(2, timeout=SECONDS)
