@@ -1,13 +1,12 @@
 """ZeRO-1 Muon for Megatron-core: an optimizer over its DDP buffers, under any TP x PP x EP x DP.
 
 Megatron's DDP reduces gradients and gathers parameters, its ChainedOptimizer takes norms and clips. What is left
-is a layout to read (megatron_layout.py) and the core's step on it (megatron_domain.py).
+is a layout to read (megatron_layout.py) and the engine's step on it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,11 +24,11 @@ from torch import Tensor, nn
 
 from distributed_muon.engine.agreement import check_same_everywhere
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.diagnostics import merge_measured
-from distributed_muon.engine.options import check_group, check_newton_schulz
+from distributed_muon.engine.options import Options, describe_group
+from distributed_muon.engine.report import step_report
+from distributed_muon.engine.state import OwnedParameter
 from distributed_muon.integrations.megatron_checkpoint import export_shards, import_groups, import_shards
-from distributed_muon.integrations.megatron_domain import DomainStep, MasterShard
-from distributed_muon.integrations.megatron_layout import make_domain, shard_aligned_param_layout
+from distributed_muon.integrations.megatron_layout import Domain, build_domain, find_ranks, shard_aligned_param_layout
 from distributed_muon.integrations.megatron_params import MarkedParameter, Override, TensorParallel, read_parameters
 
 __all__ = ["MegatronMuon", "get_distributed_muon_optimizer", "shard_aligned_param_layout"]
@@ -43,16 +42,8 @@ def get_distributed_muon_optimizer(
     pg_collection: ProcessGroupCollection | None = None,
     dump_param_to_param_group_map: str | None = None,
     *,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    ns_coefficients: Any = "quintic",
-    eps: float = 1e-7,
-    ns_steps: int = 5,
-    adjust_lr_fn: str = "match_rms_adamw",
-    ns_form: str = "auto",
-    ns_dtype: torch.dtype = torch.bfloat16,
-    strategy: str = "home",
     overrides: Mapping[str, Override] | None = None,
+    **options: Any,
 ) -> ChainedOptimizer:
     """Muon for the hidden matrices and AdamW for the rest, where `get_megatron_optimizer` was called.
 
@@ -63,79 +54,53 @@ def get_distributed_muon_optimizer(
         config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection,
             dump_param_to_param_group_map: as of `get_megatron_optimizer`; the chunks are wrapped in DDP with
             use_distributed_optimizer=True. No gloo group is used, and a map cannot be dumped.
-        momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as torch.optim.Muon.
-        ns_form, ns_dtype, strategy: as `DistributedMuon`.
         overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule (`distributed_muon.layout.matrices`).
+        options: Muon's, as `engine.options.Options` has them.
 
     Raises:
         ValueError: an option or parameter that is not supported, by name.
         RuntimeError: ranks of a domain disagree about a parameter, or ranks of the world about options.
     """
-    check_newton_schulz(ns_form, ns_dtype, strategy)
+    everywhere = _options(config, options)
     _refuse_options(config, model_chunks, dump_param_to_param_group_map)
     pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "expt_tp"])
     sizes = TensorParallel(dist.get_world_size(pgs.tp), dist.get_world_size(pgs.expt_tp))
-    members = read_parameters(model_chunks, sizes, overrides or {}, adjust_lr_fn)
-    options = {
-        "momentum": momentum,
-        "nesterov": nesterov,
-        "ns_coefficients": ns_coefficients,
-        "eps": eps,
-        "ns_steps": ns_steps,
-        "adjust_lr_fn": adjust_lr_fn,
-        "matrices": None,
-        "adamw_betas": (config.adam_beta1, config.adam_beta2),
-        "adamw_eps": config.adam_eps,
-    }
+    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn)
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
-    param_groups = _split_groups(_get_param_groups(model_chunks, config, config_overrides), members, config, options)
+    groups = _get_param_groups(model_chunks, config, config_overrides)
+    param_groups = everywhere.complete(_split_groups(groups, members, config))
     world = Collectives(None)
-    lines = [f"options {(ns_form, ns_dtype, strategy, config.bf16, config.fp16, config.clip_grad)}"]
-    lines += [f"group {number} {_options_of(group)}" for number, group in enumerate(param_groups)]
+    lines = [f"options {(everywhere, config.bf16, config.fp16, config.clip_grad)}"]
+    lines += [f"group {number} {describe_group(group)}" for number, group in enumerate(param_groups)]
     check_same_everywhere(world, lines)
 
     group_of = {id(param): number for number, group in enumerate(param_groups) for param in group["params"]}
-    parts: list[DomainStep] = []
+    domains: list[Domain] = []
     for expert, tensor_parallel in ((False, pgs.tp), (True, pgs.expt_tp)):
         kind = "expert_parallel_buffers" if expert else "buffers"
         buffers = [buffer for chunk in model_chunks for buffer in getattr(chunk, kind)]
-        domain = make_domain(buffers, tensor_parallel)
-        if domain is not None:
-            busy = parts[0].ns_flops if parts else {}
+        ranks = find_ranks(buffers, tensor_parallel)
+        if ranks is not None:
             held = [member for member in members if member.expert == expert]
-            groups = [group_of[id(member.param)] for member in held]
-            keywords = dict(ns_form=ns_form, ns_dtype=ns_dtype, strategy=strategy, busy=busy)
-            parts.append(DomainStep(held, groups, param_groups, buffers, domain, **keywords))
-    if not any(world.gather_objects(any(part.plan.layout.matrices for part in parts))):
+            numbers = [group_of[id(member.param)] for member in held]
+            busy = domains[0].flops_by_rank if domains else {}
+            domains.append(build_domain(ranks, held, numbers, buffers, param_groups, everywhere, busy))
+    if not any(world.gather_objects(any(domain.engine.plan.layout.matrices for domain in domains))):
         raise ValueError("no parameter of any rank goes to Muon: check requires_grad and overrides")
     stats = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, model_chunks, False)
-    optimizer = MegatronMuon(config, model_chunks, members, param_groups, group_of, parts)
+    optimizer = MegatronMuon(config, model_chunks, members, param_groups, domains)
     optimizer.grad_stats_parallel_group = stats["intra_dist_opt_group"]
     return ChainedOptimizer([optimizer])
-
-
-class _Shards(torch.optim.Optimizer):
-    """What Megatron reads of a torch optimizer: groups of master shards, and their state."""
-
-    def __init__(self, param_groups: list[dict[str, Any]], shards: Sequence[MasterShard], parts: Sequence[DomainStep]):
-        super().__init__(param_groups, {})
-        self.state.update({shard.master: shard.state for shard in shards})
-        self._parts = parts
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """One step from the masters' `.grad`; collective over the domains. `closure` is not called."""
-        for part in self._parts:
-            part.step(self.param_groups)
 
 
 class MegatronMuon(MegatronOptimizer):
     """The optimizer below the ChainedOptimizer; use `get_distributed_muon_optimizer`.
 
     Attributes:
-        parts: the dense and the expert domain, where this rank has such parameters.
+        domains: the dense and the expert domain, where this rank has such parameters.
         members: every trainable parameter of this rank, with its matrices.
+        owned: the parameters of which this rank owns something, with their masters and state.
         model_chunks, ddp_config: Megatron's. steps: steps taken, skipped ones excluded.
     """
 
@@ -145,29 +110,28 @@ class MegatronMuon(MegatronOptimizer):
         model_chunks: list[nn.Module],
         members: Sequence[MarkedParameter],
         param_groups: list[dict[str, Any]],
-        group_of: Mapping[int, int],
-        parts: Sequence[DomainStep],
+        domains: Sequence[Domain],
     ) -> None:
         self.model_chunks, self.ddp_config = model_chunks, model_chunks[0].ddp_config
-        self.parts, self.members = parts, members
-        self.shards = [shard for part in parts for shard in part.shards]
-        for group in param_groups:
-            group["params"] = []
-        for shard in self.shards:
-            param_groups[group_of[id(shard.member.param)]]["params"].append(shard.master)
-        super().__init__(_Shards(param_groups, self.shards, parts), config)
+        self.domains, self.members = domains, members
+        self.owned: list[OwnedParameter] = [parameter for domain in domains for parameter in domain.owned]
+        # What Megatron reads of a torch optimizer: groups of masters, and their state.
+        for number, group in enumerate(param_groups):
+            group["params"] = [owned.master for owned in self.owned if owned.group == number]
+        shards = torch.optim.Optimizer(param_groups, {})
+        shards.state.update({owned.master: owned.state for owned in self.owned})
+        super().__init__(shards, config)
         self.is_stub_optimizer, self.steps = False, 0
         self.grad_scaler = _grad_scaler(config)
         self._device = members[0].param.device if members else torch.device(torch.cuda.current_device())
+        self._versions = self._parameter_versions()
 
     # ---- one step --------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients outside the DDP buffers, which `model_chunk.zero_grad_buffer()` zeroes."""
-        for member in self.members:
-            member.param.grad = None
-        for shard in self.shards:
-            shard.master.grad = None
+        for tensor in (*(member.param for member in self.members), *(owned.master for owned in self.owned)):
+            tensor.grad = None
 
     def get_loss_scale(self) -> Tensor:
         """The loss scale, a tensor of size 1; 1 without a scaler."""
@@ -176,12 +140,12 @@ class MegatronMuon(MegatronOptimizer):
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Take and unscale the reduced gradients; whether any rank of the world found an inf or nan."""
-        for shard in self.shards:
-            shard.take_gradient()
+        for domain in self.domains:
+            domain.take_gradients()
         found = torch.zeros(1, device=self._device)
         inverse = torch.ones(1, device=self._device) if self.grad_scaler is None else self.grad_scaler.inv_scale
-        if self.shards:
-            grads = [shard.master.grad for shard in self.shards]
+        if self.owned:
+            grads = [owned.master.grad for owned in self.owned]
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found, inverse)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.get_grad_stats_parallel_group())
         nonfinite = bool(found.item() > 0)
@@ -192,7 +156,12 @@ class MegatronMuon(MegatronOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Step, then gather the parameters, unless DDP's forward hooks will (overlap_param_gather)."""
-        self.optimizer.step()
+        self._adopt_outside_writes()
+        for domain in self.domains:
+            domain.engine.param_groups = self.param_groups
+            domain.engine.step()
+            domain.publish()
+            domain.engine.close()
         self.steps += 1
         if not self.ddp_config.overlap_param_gather:
             for chunk in self.model_chunks:
@@ -204,27 +173,8 @@ class MegatronMuon(MegatronOptimizer):
         return ChainedOptimizer([self]).step()
 
     def step_report(self) -> dict[str, Any]:
-        """What was done since the last report; collective over each domain.
-
-        Returns:
-            "ns_calls" (matrices this rank orthogonalized), "bytes" (that it sent in exchanges, by collective),
-            "seconds" by phase, "communication" (of the exchange, as
-            `DistributedMuon.step_report` has it), and "update_rms" per matrix of the last step (of the update at lr 1).
-        """
-        report: dict[str, Any] = {"ns_calls": 0, "communication": {}, "update_rms": {}}
-        sent, seconds = Counter(), Counter()
-        for part in self.parts:
-            times = part.timer.take()
-            report["ns_calls"] += part.muon.ns_calls
-            sent.update(part.collectives.sent_bytes)
-            seconds.update(times.seconds())
-            for label, counts in times.communication().items():
-                report["communication"].setdefault(label, Counter()).update(counts)
-            merged = merge_measured(part.collectives, part.plan, part.muon.measured, part.device)
-            report["update_rms"] |= merged.get("update_rms", {})
-            part.muon.ns_calls = 0
-            part.collectives.sent_bytes.clear()
-        return {**report, "bytes": dict(sent), "seconds": dict(seconds)}
+        """What the last step did, as `DistributedMuon.step_report` has it; collective over each domain."""
+        return step_report([domain.engine for domain in self.domains], steps=self.steps)
 
     def explain(self) -> str:
         """Where every parameter went and why, and the plan of each domain."""
@@ -232,7 +182,7 @@ class MegatronMuon(MegatronOptimizer):
         for member in self.members:
             matrices = ", ".join(f"{m.rows} x {m.cols}" for m in member.spec.matrices())
             rows.append(f"{member.name}  {tuple(member.param.shape)}  {matrices or 'adamw'}  ({member.reason})")
-        return "\n".join([*rows, *(part.plan.explain() for part in self.parts)])
+        return "\n".join([*rows, *(domain.engine.plan.explain() for domain in self.domains)])
 
     # ---- parameters and checkpoints ----------------------------------------------------------------------
 
@@ -249,13 +199,23 @@ class MegatronMuon(MegatronOptimizer):
                 prefix = f"model{index}." if len(self.model_chunks) > 1 else ""
                 inner = state_dict.get(f"model{index}", state_dict.get("model", state_dict))
                 values |= {prefix + key.removeprefix("module."): value for key, value in inner.items()}
-        for shard in self.shards:
+        for owned in self.owned:
             if state_dict is None:
-                shard.master.copy_(shard.own)
-            elif shard.member.name not in values:
-                raise ValueError(f"the state dict has no parameter {shard.member.name!r}: pass the whole model's")
+                owned.master.copy_(owned.values)
+            elif owned.name not in values:
+                raise ValueError(f"the state dict has no parameter {owned.name!r}: pass the whole model's")
             else:
-                shard.master.copy_(values[shard.member.name].reshape(-1)[shard.start : shard.stop])
+                owned.master.copy_(values[owned.name].reshape(-1)[owned.start : owned.stop])
+
+    def _adopt_outside_writes(self) -> None:
+        """Let masters follow parameters that others wrote since the last step, such as a loaded model."""
+        versions = self._parameter_versions()
+        for part in {owned.part for owned in self.owned if versions[owned.param] != self._versions[owned.param]}:
+            part.adopt()
+        self._versions = versions
+
+    def _parameter_versions(self) -> dict[Tensor, int]:
+        return {member.param: member.param._version for member in self.members}
 
     def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
         """Groups, step and loss scale, equal on every rank; tensors are in `sharded_state_dict`.
@@ -279,9 +239,9 @@ class MegatronMuon(MegatronOptimizer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.steps = state_dict["step"]
         if "param_state" in state_dict:
-            import_shards(self.shards, state_dict["param_state"], self.steps)
-            for part in self.parts:
-                part.write_parameters()
+            import_shards(self.owned, state_dict["param_state"], self.steps)
+            for domain in self.domains:
+                domain.publish()
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False, metadata: Any = None, **_: Any
@@ -293,8 +253,8 @@ class MegatronMuon(MegatronOptimizer):
             is_loading: request what to load, without data. metadata: accepted; the one format has no choices.
         """
         tensors = {}
-        for part in self.parts:
-            tensors |= export_shards(part, model_sharded_state_dict, is_loading)
+        for domain in self.domains:
+            tensors |= export_shards(domain, model_sharded_state_dict, is_loading)
         return {**self.state_dict(), "param_state": tensors}
 
     def save_parameter_state(self, filename: str) -> None:
@@ -334,21 +294,31 @@ def _refuse_options(config: OptimizerConfig, model_chunks: Sequence[nn.Module], 
             )
 
 
+def _options(config: OptimizerConfig, given: Mapping[str, Any]) -> Options:
+    """Every option: those that Megatron's config has, and the keywords."""
+    of_config = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "adamw_eps": config.adam_eps,
+    }
+    for name in of_config:
+        if name in given:
+            raise ValueError(f"{name} is given twice: leave it to the OptimizerConfig")
+    return Options.of({**of_config, **given})
+
+
 def _split_groups(
-    groups: Sequence[Mapping[str, Any]],
-    members: Sequence[MarkedParameter],
-    config: OptimizerConfig,
-    options: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]], members: Sequence[MarkedParameter], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
     """Megatron's groups, each divided by algorithm; equal on every rank, so some may be empty here."""
     algorithm_of = {id(m.param): "adamw" if m.spec.rule is None else "muon" for m in members}
     split = []
     for group in groups:
+        rates = {"lr": group["max_lr"], "weight_decay": config.weight_decay * group["wd_mult"]}
         for algorithm in ("muon", "adamw"):
             chosen = [param for param in group["params"] if algorithm_of[id(param)] == algorithm]
-            rates = {"lr": group["max_lr"], "weight_decay": config.weight_decay * group["wd_mult"]}
-            split.append({**rates, **group, **options, "params": chosen, "algorithm": algorithm})
-            check_group(len(split) - 1, split[-1])
+            split.append({**rates, **group, "params": chosen, "algorithm": algorithm})
     used = Collectives(None).gather_objects([bool(group["params"]) for group in split])
     return [group for number, group in enumerate(split) if any(flags[number] for flags in used)]
 

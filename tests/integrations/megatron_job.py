@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+OPTIONS = {"ns_dtype": torch.float32, "strategy": "home"}  # "auto" may orthogonalize such small matrices twice
 HIDDEN, LAYERS, VOCAB, LENGTH, SAMPLES, LR = 32, 4, 128, 8, 2, 1e-2
 
 
@@ -24,7 +25,7 @@ class Case:
         distributed: use_distributed_optimizer, which Megatron's own Muon does without.
         layer_wise: DDP buffers as Megatron's LayerWiseDistributedOptimizer wants them.
         batches: microbatches of one step over all data-parallel ranks.
-        optimizer: keyword arguments of get_distributed_muon_optimizer. config: of OptimizerConfig.
+        optimizer: keyword arguments of get_distributed_muon_optimizer, beside OPTIONS. config: of OptimizerConfig.
         model: of TransformerConfig.
     """
 
@@ -100,7 +101,7 @@ class Job:
         if make_optimizer is None:
             from distributed_muon.integrations.megatron import get_distributed_muon_optimizer
 
-            make_optimizer = partial(get_distributed_muon_optimizer, **{"ns_dtype": torch.float32, **case.optimizer})
+            make_optimizer = partial(get_distributed_muon_optimizer, **{**OPTIONS, **case.optimizer})
         self.optimizer = make_optimizer(self.optimizer_config, self.chunks)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer, 0.0, LR, 0.0, 0, 100, "cosine", 0.1, 0.1, 100, "constant"
@@ -110,7 +111,7 @@ class Job:
         if case.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self.done = 0
+        self.done = self.ns_calls = 0
 
     @property
     def muon(self) -> Any:
@@ -194,10 +195,10 @@ class Job:
         """Whole fp32 masters (or a moment) by global name, from every rank's shards."""
         local = {name: torch.zeros(param.shape) for name, param in self.named_parameters()}
         names = {param: name for name, param in self.named_parameters()}
-        for shard in self.muon.shards:
-            values = shard.master if key == "master" else shard.state.get(key)
+        for owned in self.muon.owned:
+            values = owned.master if key == "master" else owned.state.get(key)
             if values is not None:
-                local[names[shard.member.param]].view(-1)[shard.start : shard.stop] = values
+                local[names[owned.param]].view(-1)[owned.start : owned.stop] = values
         for name, param in self.named_parameters():
             expert = not getattr(param, "allreduce", True)
             dense = self.ps.get_data_parallel_group(with_context_parallel=True)
