@@ -44,6 +44,9 @@ class Options:
         ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape.
         ns_dtype: of Newton-Schulz and of what travels for it: torch.bfloat16 or torch.float32.
         strategy: "home", "gather" or "auto" (`layout.plan.make_plan`).
+        zero_gradients: what a gradient of zeros on all ranks means where a framework turns missing gradients into
+            zeros: "update" (momentum decays and goes on moving the parameter, at full size under Muon) or "skip" (as
+            torch.optim treats a missing gradient: no step, no decay, no change of state; one more all-reduce).
 
     Raises:
         ValueError: an option that cannot be right; the message names it.
@@ -62,11 +65,13 @@ class Options:
     ns_form: str = "auto"
     ns_dtype: torch.dtype = torch.bfloat16
     strategy: str = "auto"
+    zero_gradients: str = "update"
 
     def __post_init__(self) -> None:
         check_choice("ns_form", self.ns_form, ("auto", "standard", "gram"))
         check_choice("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32))
         check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("zero_gradients", self.zero_gradients, ("update", "skip"))
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Options:
