@@ -216,7 +216,7 @@ class ShardedStep:
 
     def _bind(self, active: tuple[bool, ...]) -> Binding:
         shaping = tuple(
-            tuple(map(repr, (g["ns_coefficients"], g["ns_steps"], g["eps"], g["adjust_lr_fn"])))
+            tuple(map(repr, (g["ns_coefficients"], g["ns_steps"], g["eps"], g["adjust_lr_fn"], g["update_scale"])))
             for g in self.param_groups
             if g["algorithm"] == "muon"
         )
