@@ -24,12 +24,32 @@ from torch import Tensor, nn
 
 from distributed_muon.engine.agreement import check_same_everywhere
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.options import Options, describe_group
+from distributed_muon.engine.options import describe_group
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import OwnedParameter
-from distributed_muon.integrations.megatron_checkpoint import export_shards, import_groups, import_shards
+from distributed_muon.integrations.megatron_checkpoint import (
+    export_own,
+    export_shards,
+    import_groups,
+    import_own,
+    import_shards,
+)
 from distributed_muon.integrations.megatron_layout import Domain, build_domain, find_ranks, shard_aligned_param_layout
-from distributed_muon.integrations.megatron_params import MarkedParameter, Override, TensorParallel, read_parameters
+from distributed_muon.integrations.megatron_memory import PartState
+from distributed_muon.integrations.megatron_options import (
+    chosen_algorithms,
+    read_options,
+    refuse_unsupported,
+    split_groups,
+)
+from distributed_muon.integrations.megatron_params import (
+    MarkedParameter,
+    Override,
+    TensorParallel,
+    check_overrides,
+    read_parameters,
+    unwrapped,
+)
 
 __all__ = ["MegatronMuon", "get_distributed_muon_optimizer", "shard_aligned_param_layout"]
 
@@ -55,22 +75,23 @@ def get_distributed_muon_optimizer(
             dump_param_to_param_group_map: as of `get_megatron_optimizer`; the chunks are wrapped in DDP with
             use_distributed_optimizer=True. No gloo group is used, and a map cannot be dumped.
         overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule (`distributed_muon.layout.matrices`).
+            Names are those of the whole model, whatever the parallelism; `explain()` prints them.
         options: Muon's, as `engine.options.Options` has them.
 
     Raises:
         ValueError: an option or parameter that is not supported, by name.
         RuntimeError: ranks of a domain disagree about a parameter, or ranks of the world about options.
     """
-    everywhere = _options(config, options)
-    _refuse_options(config, model_chunks, dump_param_to_param_group_map)
+    everywhere = read_options(config, options)
+    refuse_unsupported(config, model_chunks, dump_param_to_param_group_map)
     pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "expt_tp"])
     sizes = TensorParallel(dist.get_world_size(pgs.tp), dist.get_world_size(pgs.expt_tp))
-    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn)
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
-    groups = _get_param_groups(model_chunks, config, config_overrides)
-    param_groups = everywhere.complete(_split_groups(groups, members, config))
-    world = Collectives(None)
+    groups, world = _get_param_groups(model_chunks, config, config_overrides), Collectives(None)
+    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn, chosen_algorithms(groups))
+    check_overrides(overrides or {}, members, world)
+    param_groups = everywhere.complete(split_groups(groups, members, config))
     lines = [f"options {(everywhere, config.bf16, config.fp16, config.clip_grad)}"]
     lines += [f"group {number} {describe_group(group)}" for number, group in enumerate(param_groups)]
     check_same_everywhere(world, lines)
@@ -119,7 +140,8 @@ class MegatronMuon(MegatronOptimizer):
         for number, group in enumerate(param_groups):
             group["params"] = [owned.master for owned in self.owned if owned.group == number]
         shards = torch.optim.Optimizer(param_groups, {})
-        shards.state.update({owned.master: owned.state for owned in self.owned})
+        self._memory = {part.master: PartState(part) for domain in domains for part in domain.engine.parts}
+        shards.state.update(self._memory)
         super().__init__(shards, config)
         self.is_stub_optimizer, self.steps = False, 0
         self.grad_scaler = _grad_scaler(config)
@@ -140,6 +162,7 @@ class MegatronMuon(MegatronOptimizer):
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Take and unscale the reduced gradients; whether any rank of the world found an inf or nan."""
+        self._check_present()
         for domain in self.domains:
             domain.take_gradients()
         found = torch.zeros(1, device=self._device)
@@ -193,19 +216,18 @@ class MegatronMuon(MegatronOptimizer):
         Args:
             state_dict: {"model": ...}, {"model0": ..., ...}, or the model's state dict itself.
         """
-        values: dict[str, Any] = {}
-        if state_dict is not None:
-            for index in range(len(self.model_chunks)):
-                prefix = f"model{index}." if len(self.model_chunks) > 1 else ""
-                inner = state_dict.get(f"model{index}", state_dict.get("model", state_dict))
-                values |= {prefix + key.removeprefix("module."): value for key, value in inner.items()}
+        values: dict[Tensor, Any] = {}
+        for index, chunk in enumerate(self.model_chunks if state_dict is not None else ()):
+            inner = state_dict.get(f"model{index}", state_dict.get("model", state_dict))
+            given = {unwrapped(name): value for name, value in inner.items()}
+            values |= {param: given.get(unwrapped(name)) for name, param in chunk.named_parameters()}
         for owned in self.owned:
             if state_dict is None:
                 owned.master.copy_(owned.values)
-            elif owned.name not in values:
+            elif values[owned.param] is None:
                 raise ValueError(f"the state dict has no parameter {owned.name!r}: pass the whole model's")
             else:
-                owned.master.copy_(values[owned.name].reshape(-1)[owned.start : owned.stop])
+                owned.master.copy_(values[owned.param].reshape(-1)[owned.start : owned.stop])
 
     def _adopt_outside_writes(self) -> None:
         """Let masters follow parameters that others wrote since the last step, such as a loaded model."""
@@ -217,12 +239,29 @@ class MegatronMuon(MegatronOptimizer):
     def _parameter_versions(self) -> dict[Tensor, int]:
         return {member.param: member.param._version for member in self.members}
 
-    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        """Groups, step and loss scale, equal on every rank; tensors are in `sharded_state_dict`.
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup:
+        """The group that cuts this rank's dense parameters, or its experts where it has no others."""
+        return self.domains[0].ranks.data_parallel
 
-        Args:
-            is_loading: accepted for Megatron's sake; nothing has to be allocated first.
-        """
+    def offload_to_cpu(self) -> None:
+        """Move moments, and masters that are copies, to the CPU until `restore_from_cpu()`; no step in between."""
+        for state in self._memory.values():
+            state.offload()
+
+    def restore_from_cpu(self) -> None:
+        """Bring back what `offload_to_cpu()` took, bit by bit."""
+        for state in self._memory.values():
+            state.restore()
+
+    def _check_present(self) -> None:
+        if any(state.away for state in self._memory.values()):
+            raise RuntimeError(
+                "the optimizer's state is offloaded: call restore_from_cpu() before a step or a checkpoint"
+            )
+
+    def _common_state(self) -> dict[str, Any]:
+        """What is equal on every rank: groups, step and loss scale."""
         state: dict[str, Any] = {
             "distributed_muon": 1,
             "param_groups": [_options_of(group) for group in self.param_groups],
@@ -232,16 +271,42 @@ class MegatronMuon(MegatronOptimizer):
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
+    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """This rank's whole state, for this rank of as many; tensors are references to live state.
+
+        `sharded_state_dict` is what loads under any parallelism.
+
+        Args:
+            is_loading: accepted for Megatron's sake; nothing has to be allocated first.
+        """
+        self._check_present()
+        place = (dist.get_rank(), dist.get_world_size())
+        return {**self._common_state(), "place": place, "state": export_own(self.owned)}
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `sharded_state_dict` saved, tensors included where they were loaded; no collective."""
-        import_groups(self.param_groups, state_dict["param_groups"])
+        """Restore what `state_dict` or `sharded_state_dict` saved; no collective.
+
+        A group's options are the checkpoint's, as with Megatron's optimizers; what of this run's gives way is printed.
+
+        Raises:
+            ValueError: the state has no tensors, or belongs to another rank or to other parameters.
+        """
+        self._check_present()
+        if "param_state" in state_dict:
+            import_shards(self.owned, state_dict["param_state"], state_dict["step"])
+        elif "state" in state_dict and "place" in state_dict:
+            import_own(self.owned, state_dict, (dist.get_rank(), dist.get_world_size()))
+        elif self.owned:
+            raise ValueError("the state dict has no tensors of distributed_muon: save with --ckpt-format torch_dist")
+        said = import_groups(self.param_groups, state_dict["param_groups"])
+        if dist.get_rank() == 0 and said:
+            print("\n".join(said), flush=True)
         if self.grad_scaler is not None and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.steps = state_dict["step"]
-        if "param_state" in state_dict:
-            import_shards(self.owned, state_dict["param_state"], self.steps)
-            for domain in self.domains:
-                domain.publish()
+        for domain in self.domains:
+            domain.publish()
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False, metadata: Any = None, **_: Any
@@ -250,77 +315,27 @@ class MegatronMuon(MegatronOptimizer):
 
         Args:
             model_sharded_state_dict: of the model chunks; its keys and offsets are taken over.
-            is_loading: request what to load, without data. metadata: accepted; the one format has no choices.
+            is_loading: request what to load, without data.
+            metadata: Megatron's; the one format serves every "distrib_optim_sharding_type" of torch_dist.
+
+        Raises:
+            ValueError: metadata of another checkpoint format, or a parameter that the model's state lacks.
         """
+        self._check_present()
+        if (metadata or {}).get("distrib_optim_sharding_type") == "fsdp_dtensor":
+            raise ValueError("the optimizer has no fsdp_dtensor checkpoint: use --ckpt-format torch_dist")
         tensors = {}
         for domain in self.domains:
             tensors |= export_shards(domain, model_sharded_state_dict, is_loading)
-        return {**self.state_dict(), "param_state": tensors}
+        return {**self._common_state(), "param_state": tensors}
 
     def save_parameter_state(self, filename: str) -> None:
         """Refused: it writes Megatron's old format, bound to the number of ranks."""
         raise ValueError("the optimizer has no torch-format checkpoint: use --ckpt-format torch_dist")
 
-    load_parameter_state = save_parameter_state
-
-
-def _refuse_options(config: OptimizerConfig, model_chunks: Sequence[nn.Module], dump: str | None) -> None:
-    """Raise a ValueError for options that would be ignored or train wrongly."""
-    ddp = getattr(model_chunks[0], "ddp_config", None)
-    if ddp is None:
-        raise ValueError("model_chunks must be wrapped in megatron.core's DistributedDataParallel")
-    model = model_chunks[0].config
-    wrong = {
-        "use_distributed_optimizer=False": not ddp.use_distributed_optimizer or not config.use_distributed_optimizer,
-        f"optimizer={config.optimizer!r}": config.optimizer != "adam",
-        "decoupled_weight_decay=False": not config.decoupled_weight_decay,
-        "overlap_param_gather_with_optimizer_step": config.overlap_param_gather_with_optimizer_step,
-        "use_precision_aware_optimizer": config.use_precision_aware_optimizer,
-        "optimizer_cpu_offload": config.optimizer_cpu_offload,
-        "use_layer_wise_distributed_optimizer": getattr(config, "use_layer_wise_distributed_optimizer", False),
-        "optimizer_cuda_graph": getattr(config, "optimizer_cuda_graph", False),
-        "use_megatron_fsdp": getattr(ddp, "use_megatron_fsdp", False),
-        "num_distributed_optimizer_instances > 1": ddp.num_distributed_optimizer_instances > 1,
-        "reuse_grad_buf_for_mxfp8_param_ag": ddp.reuse_grad_buf_for_mxfp8_param_ag,
-        "fp8_param_gather": ddp.fp8_param_gather,
-        "qk_clip (it scales whole masters)": getattr(model, "qk_clip", False),
-        "dump_param_to_param_group_map": dump is not None,
-    }
-    for option, found in wrong.items():
-        if found:
-            raise ValueError(
-                f"{option} is not supported by get_distributed_muon_optimizer: set optimizer='adam' with "
-                "use_distributed_optimizer=True and leave the other options at their defaults"
-            )
-
-
-def _options(config: OptimizerConfig, given: Mapping[str, Any]) -> Options:
-    """Every option: those that Megatron's config has, and the keywords."""
-    of_config = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "adamw_eps": config.adam_eps,
-    }
-    for name in of_config:
-        if name in given:
-            raise ValueError(f"{name} is given twice: leave it to the OptimizerConfig")
-    return Options.of({**of_config, **given})
-
-
-def _split_groups(
-    groups: Sequence[Mapping[str, Any]], members: Sequence[MarkedParameter], config: OptimizerConfig
-) -> list[dict[str, Any]]:
-    """Megatron's groups, each divided by algorithm; equal on every rank, so some may be empty here."""
-    algorithm_of = {id(m.param): "adamw" if m.spec.rule is None else "muon" for m in members}
-    split = []
-    for group in groups:
-        rates = {"lr": group["max_lr"], "weight_decay": config.weight_decay * group["wd_mult"]}
-        for algorithm in ("muon", "adamw"):
-            chosen = [param for param in group["params"] if algorithm_of[id(param)] == algorithm]
-            split.append({**rates, **group, "params": chosen, "algorithm": algorithm})
-    used = Collectives(None).gather_objects([bool(group["params"]) for group in split])
-    return [group for number, group in enumerate(split) if any(flags[number] for flags in used)]
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Refused likewise."""
+        self.save_parameter_state(filename)
 
 
 def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
 from distributed_muon.engine.collectives import Collectives
@@ -25,7 +26,9 @@ from distributed_muon.layout.pieces import Shard
 
 MASTER = "fp32_param"
 _PREFIX = "distributed_muon"
-_GROUP_KEYS = ("algorithm", "wd_mult", "lr_mult", "is_decoupled_lr")
+# What makes a saved group that of this run: all that Megatron goes by (fewer in 0.16), but experts may be dense there.
+_IDENTITY = ("algorithm", *sorted({*ParamGroupOverride.__annotations__, "optimizer", "lr_mult", "is_decoupled_lr"}))
+_SCHEDULED = ("lr", "weight_decay")
 
 Sharded = ShardedTensor | ShardedTensorFactory
 
@@ -97,15 +100,52 @@ def import_shards(
             parameter.state["step"].fill_(step if not partial or "exp_avg" in values else 0)
 
 
-def import_groups(param_groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Restore the options of every group from the saved one of its kind; experts may be dense after resharding."""
-    for group in param_groups:
-        kind = [group[key] for key in _GROUP_KEYS]
-        alike = [other for other in saved if [other[key] for key in _GROUP_KEYS] == kind]
+def export_own(owned: Sequence[OwnedParameter]) -> dict[str, dict[str, Any]]:
+    """The state of this rank's elements by parameter name; references to live tensors."""
+    return {parameter.name: {"shard": (parameter.start, parameter.stop), **parameter.saved} for parameter in owned}
+
+
+def import_own(owned: Sequence[OwnedParameter], saved: Mapping[str, Any], place: tuple[int, int]) -> None:
+    """Copy what `export_own` returned back, bit by bit.
+
+    Raises:
+        ValueError: it belongs to another rank, world size or cut of the buffers; nothing was changed.
+    """
+    mine = {name: (state["shard"], set(state)) for name, state in export_own(owned).items()}
+    theirs = {name: (tuple(state["shard"]), set(state)) for name, state in saved["state"].items()}
+    if tuple(saved["place"]) != place or mine != theirs:
+        raise ValueError(
+            "state_dict() belongs to one rank of one parallelism, and this is another: save sharded_state_dict()"
+        )
+    for parameter in owned:
+        for key, value in parameter.saved.items():
+            value.copy_(saved["state"][parameter.name][key])
+
+
+def import_groups(param_groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Restore the options of every group from the saved one of its identity.
+
+    Returns:
+        A line for every option of this run that gives way, and for every group that the checkpoint does not have and
+        that keeps this run's options.
+    """
+    said = []
+    for number, group in enumerate(param_groups):
+        alike = [other for other in saved if all(other.get(key) == group.get(key) for key in _IDENTITY)]
         if not alike:
-            raise ValueError(f"the saved state has no parameter group with {dict(zip(_GROUP_KEYS, kind, strict=True))}")
-        same = next((o for o in alike if o["is_expert_parallel"] == group["is_expert_parallel"]), alike[0])
-        group.update({key: value for key, value in same.items() if key != "is_expert_parallel"})
+            known = ", ".join(f"{key}={group[key]}" for key in _IDENTITY if group.get(key) is not None)
+            said.append(f"the checkpoint has no parameter group with {known}: group {number} keeps this run's options")
+            continue
+        same = max(alike, key=lambda other: sum(other.get(key) == value for key, value in group.items()))
+        kept = {key: value for key, value in same.items() if key != "is_expert_parallel"}
+        said += [
+            f"{key}={value} of parameter group {number} ({group['algorithm']}) is the checkpoint's; {group[key]} of "
+            "this run is not used"
+            for key, value in kept.items()
+            if key in group and key not in _SCHEDULED and group[key] != value
+        ]
+        group.update(kept)
+    return said
 
 
 def load_megatron_checkpoint(path: str, optimizer: Any, model_sharded_state_dict: Mapping[str, Any]) -> str:

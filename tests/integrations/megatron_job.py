@@ -26,6 +26,7 @@ class Case:
         layer_wise: DDP buffers as Megatron's LayerWiseDistributedOptimizer wants them.
         batches: microbatches of one step over all data-parallel ranks.
         optimizer: keyword arguments of get_distributed_muon_optimizer, beside OPTIONS. config: of OptimizerConfig.
+        overrides: name pattern -> ParamGroupOverride, beside Megatron's standard config_overrides.
         model: of TransformerConfig.
     """
 
@@ -49,6 +50,7 @@ class Case:
     optimizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> Case:
         return replace(self, **changes)
@@ -64,7 +66,7 @@ class Job:
     def __init__(self, case: Case, make_optimizer: Callable[..., Any] | None = None) -> None:
         from megatron.core import parallel_state as ps
         from megatron.core.distributed import finalize_model_grads
-        from megatron.core.optimizer import OptimizerConfig
+        from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -101,7 +103,11 @@ class Job:
         if make_optimizer is None:
             from distributed_muon.integrations.megatron import get_distributed_muon_optimizer
 
-            make_optimizer = partial(get_distributed_muon_optimizer, **{**OPTIONS, **case.optimizer})
+            options = {**OPTIONS, **case.optimizer}
+            if case.overrides:
+                keys = {ParamKey(name=pattern): value for pattern, value in case.overrides.items()}
+                options["config_overrides"] = {**get_standard_config_overrides(self.optimizer_config), **keys}
+            make_optimizer = partial(get_distributed_muon_optimizer, **options)
         self.optimizer = make_optimizer(self.optimizer_config, self.chunks)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer, 0.0, LR, 0.0, 0, 100, "cosine", 0.1, 0.1, 100, "constant"

@@ -65,6 +65,8 @@ REFUSED: dict[str, list[tuple[str, str, Any]]] = {
     "use_precision_aware_optimizer": [("config", "use_precision_aware_optimizer", True)],
     "optimizer_cpu_offload": [("config", "optimizer_cpu_offload", True)],
     "num_distributed_optimizer_instances > 1": [("ddp", "num_distributed_optimizer_instances", 2)],
+    "fp8_param_gather": [("ddp", "fp8_param_gather", True)],
+    "fp4_param_gather": [("ddp", "fp4_param_gather", True)],
     "qk_clip": [("model", "qk_clip", True)],
     "no matrix": [],
 }
