@@ -52,7 +52,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parallel.add_argument("--bucket-mb", type=float, help="MiB of fp32 gradient per bucket, with --overlap")
     parallel.add_argument("--aligned", action="store_true", help="shard-aligned buffers (megatron-core 0.19 on)")
     arguments.add_muon_flags(parser).add_argument(
-        "--strategy", choices=("auto", "home", "gather"), default="home", help="where matrices are orthogonalized"
+        "--strategy", choices=("auto", "home", "gather"), default="auto", help="where matrices are orthogonalized"
     )
     args = arguments.parse(parser, words)
     args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{MegatronTrainer.kind}"
@@ -110,7 +110,7 @@ class MegatronTrainer(Trainer):
     @property
     def parameters(self) -> int:
         """Parameters of the model, tensor-parallel and tied copies counted once; collective."""
-        counted = sum(s.master.numel() for s in self.optimizer.chained_optimizers[0].shards if not s.master.shared)
+        counted = sum(p.master.numel() for p in self.optimizer.chained_optimizers[0].owned if not p.master.shared)
         return int(self.world.sum(counted)[0])
 
     def _run(self, batches: Callable[[], Iterator[Batch]], count: int, forward_only: bool) -> tuple[float, float]:
