@@ -136,6 +136,12 @@ class Binding:
             for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.packed)):
                 views.bind_gradients(self._parts)
 
+    def release_gradients(self) -> None:
+        """Hold no view of a gradient until the next look-up."""
+        self._gradients = []
+        for views in (*self.flat, *self.adamw, *(views for wave in self.waves for views in wave.packed)):
+            views.grads = []
+
     def bind_runs(self) -> None:
         """Neighbouring active shards of one group as one run, the padding between them included.
 
@@ -287,7 +293,7 @@ def _pair(spans: Sequence[Span], wire: Tensor, slot: Slot) -> tuple[list[Tensor]
 
 
 class ShardGradients:
-    """The gradients of all shards of a rank, without padding.
+    """The gradients of all shards of a rank without padding, each element on one of the ranks that hold it.
 
     Args:
         parts: of the rank.
@@ -299,6 +305,7 @@ class ShardGradients:
             Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
             for number, part in enumerate(parts)
             for shard, offset in zip(part.shards, part.offsets, strict=True)
+            if not shard.replica
         )
         self._places: list[int] = []
         self._views: list[Tensor] = []
@@ -310,3 +317,7 @@ class ShardGradients:
             self._places = now
             self._views = [span.view(0, self._parts[span.windows[0].base].grad) for span in self._spans]
         return self._views
+
+    def release(self) -> None:
+        """Hold no view until the next look-up."""
+        self._places, self._views = [], []

@@ -215,6 +215,12 @@ class ShardedStep:
         self._bindings: dict[Any, Binding] = {}
         self._current: Binding | None = None
 
+    def release_gradients(self) -> None:
+        """Hold no view of the parts' gradients, so that a framework that gives gradients anew can free the old ones."""
+        self._gradients.release()
+        for bound in self._bindings.values():
+            bound.release_gradients()
+
     def _bind(self, active: tuple[bool, ...]) -> Binding:
         shaping = tuple(
             tuple(map(repr, (g["ns_coefficients"], g["ns_steps"], g["eps"], g["adjust_lr_fn"])))
