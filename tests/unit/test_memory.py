@@ -8,6 +8,7 @@ import weakref
 
 import pytest
 import torch
+from distributed_muon.buckets import FlatBucket
 from torch import Tensor, nn
 
 from distributed_muon import DistributedMuon, muon_param_groups
