@@ -20,62 +20,67 @@ SHAPES = {"a": (7, 5), "b": (33, 17), "c": (3, 40), "d": (1, 9), "experts": (6, 
 # Even columns and rows, for tensor parallelism and FSDP over columns.
 EVEN = {"up": (16, 12), "down": (12, 16), "odd": (7, 6), "experts": (4, 8, 6), "norm": (6,)}
 OPTIONS = dict(lr=0.02, weight_decay=0.1, ns_form="standard")
+ROOT = (6, 4)
 Cut = Callable[["Model"], None]
 
 
 class Layer(nn.Module):
     """Parameters whose gradients are given."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, seed: int) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         super().__init__()
         for (name, _), param in zip(shapes.items(), make_params(list(shapes.values()), dtype, seed), strict=True):
             self.register_parameter(name, param)
 
     def forward(self, grads: dict[str, Tensor]) -> Tensor:
         """The sum of p * g over all parameters that have a gradient in `grads`."""
-        terms = []
-        for name, p in self.named_parameters():
+        total = torch.zeros(())
+        for name, p in self.named_parameters(recurse=False):
             if name in grads:
-                g = grads[name].to(p.dtype)
-                term = (p * (distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g)).sum()
-                terms.append((term.full_tensor() if isinstance(term, DTensor) else term).float())
-        return torch.stack(terms).sum() if terms else torch.zeros(())
+                total = total + weighted(p, grads[name])
+        for child in self.children():
+            total = total + child(grads)
+        return total
+
+
+def weighted(p: Tensor, g: Tensor) -> Tensor:
+    """The sum of p * g, whose gradient is g."""
+    g = g.to(p.dtype)
+    if not isinstance(p, DTensor):
+        return (p * g).sum().float()
+    return (p * distribute_tensor(g, p.device_mesh, p.placements)).sum().full_tensor().float()
 
 
 class Model(nn.Module):
-    """Two layers and parameters of the root's own."""
+    """Two layers and a parameter of the root's own."""
 
     def __init__(
         self, shapes: dict[str, tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, layers: int = 2
     ) -> None:
         super().__init__()
+        self.leaves = list(shapes)
         self.layers = nn.ModuleList(Layer(shapes, dtype, seed) for seed in range(layers))
-        (self.root,) = make_params([(6, 4)], dtype, 7)
+        (self.root,) = make_params([ROOT], dtype, 7)
 
     def forward(self, grads: Sequence[dict[str, Tensor]], root: Tensor) -> Tensor:
-        total = (self.root * root.to(self.root.dtype)).sum().float()
+        total = weighted(self.root, root)
         for layer, own in zip(self.layers, grads, strict=True):
             total = total + layer(own)
         return total
 
-    def backward(self, step: int, rank: int, leave_out: Sequence[str] = (), scale: float = 1.0) -> None:
-        """Accumulate this rank's gradients of a step, small integers, through autograd."""
+    def loss(self, step: int, rank: int, leave_out: Sequence[str] = ()) -> Tensor:
+        """A loss whose gradients are small integers that depend on step and rank."""
         grads = []
         for number, layer in enumerate(self.layers):
-            own = {
-                name: scale * rank_gradient(tuple(p.shape), step, rank, 100 * number + i)
-                for i, (name, p) in enumerate(layer.named_parameters())
-            }
-            grads.append({name: g for name, g in own.items() if name not in leave_out})
-        self(grads, scale * rank_gradient((6, 4), step, rank, 999)).backward()
-
-
-def gradient_of(name: str, shape: tuple[int, ...], names: Sequence[str], step: int, world: int) -> Tensor:
-    """The mean gradient of a parameter over `world` data-parallel ranks."""
-    if name == "root":
-        return mean_gradient(shape, step, world, 999)
-    _, number, leaf = name.split(".")
-    return mean_gradient(shape, step, world, 100 * int(number) + [n.split(".")[-1] for n in names].index(leaf))
+            shapes = {name.split(".")[-1]: tuple(p.shape) for name, p in layer.named_parameters()}
+            grads.append(
+                {
+                    leaf: rank_gradient(shapes[leaf], step, rank, 100 * number + i)
+                    for i, leaf in enumerate(self.leaves)
+                    if leaf not in leave_out
+                }
+            )
+        return self(grads, rank_gradient(ROOT, step, rank, 999))
 
 
 class Twin:
