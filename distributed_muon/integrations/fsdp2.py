@@ -36,6 +36,9 @@ class FullyShardedMuon(torch.optim.Optimizer):
     for bfloat16 parameters, whose fp32 masters are kept here), so torch.distributed.checkpoint saves it and loads it
     on other meshes.
 
+    Where all parameters are plain still, as Accelerate wants it, which shards them in `prepare()` and puts the shards
+    into the groups, construction waits until state is asked for or a step taken.
+
     `p.grad` is what is stepped: clipping and unscaling write into it, as torch's own do, and so may others.
 
     Args:
@@ -64,21 +67,30 @@ class FullyShardedMuon(torch.optim.Optimizer):
     ) -> None:
         self._options = Options.of({"lr": lr, **options})
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
-        self._sealed = False
+        self._sealed, self._process_group, self._nonfinite = False, process_group, nonfinite
+        self._model, self._order = getattr(params, "model", None), getattr(params, "order", {})
+        self._domains: list[_Domain] = []
+        self._facts: dict[str, Any] = {}
         super().__init__(self._options.complete(as_groups(params)), {})
-        self._sealed, self._nonfinite, self._facts = True, nonfinite, {}
-        self.collectives = Collectives(process_group)
-        model = getattr(params, "model", None)
-        self._modules = list(model.modules()) if model is not None else []
+        self._sealed = True
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            self._attach()
+
+    def _attach(self) -> None:
+        """Plan and make state, once; collective over the process group."""
+        if self._domains:
+            return
+        members = _members(self.param_groups, self._order)
+        self.collectives = Collectives(self._process_group)
+        self._modules = list(self._model.modules()) if self._model is not None else []
         self._places = {p: (module, leaf) for module in self._modules for leaf, p in module._parameters.items()}
         by_ranks: dict[tuple[int, ...], list[Member]] = {}
-        for member in _members(self.param_groups, getattr(params, "order", {})):
+        for member in members:
             by_ranks.setdefault(tuple(sorted(member.param.device_mesh.mesh.flatten().tolist())), []).append(member)
-        self._domains: list[_Domain] = []
         for ranks in sorted(by_ranks):
             domain = self._domain(by_ranks[ranks], ranks)
             self._domains.append(domain)
-            self.state.update({shard.record.param: shard.state for shard in domain.shards})
+            self._state.update({shard.record.param: shard.state for shard in domain.shards})
         alone = len(self._domains) == 1 and self._domains[0].engine.collectives.size == self.collectives.size
         self._several = not all(self.collectives.gather_objects(alone))
 
@@ -112,6 +124,17 @@ class FullyShardedMuon(torch.optim.Optimizer):
         return _Domain(engine, [_LocalShard(*pair) for pair in zip(engine.parameters, parts, strict=True)])
 
     @property
+    def state(self) -> dict[Any, dict[str, Tensor]]:
+        """State by parameter, made when first asked for after parameters were sharded."""
+        if not self._domains and self._sealed and isinstance(self.param_groups[0]["params"][0], DTensor):
+            self._attach()
+        return self._state
+
+    @state.setter
+    def state(self, value: dict[Any, dict[str, Tensor]]) -> None:
+        self._state = value
+
+    @property
     def plans(self) -> list[Plan]:
         """The plan of every rank domain this rank is in."""
         return [domain.engine.plan for domain in self._domains]
@@ -136,6 +159,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._attach()
         strangers = self._replaced()
         for domain in self._domains:
             domain.follow(self.state)
@@ -151,7 +175,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
             if not view.nonfinite:
                 domain.engine.step(present)
                 domain.publish()
-            domain.engine.release_gradients()
+            domain.release_gradients()
             domain.engine.close()
         self._facts = {"grad_norm": view.norm, "skipped": view.nonfinite}
         return loss
@@ -177,6 +201,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
 
     def _agree(self, strangers: bool = False) -> _View:
         """One view of all gradients on every rank: an all-reduce per domain, one more where there are several."""
+        self._attach()
         for domain in self._domains:
             domain.take_gradients()
         found = [domain.agree(strangers) for domain in self._domains]
@@ -192,6 +217,8 @@ class FullyShardedMuon(torch.optim.Optimizer):
 
     def _refuse_nonfinite(self) -> None:
         names = [name for domain in self._domains for name in domain.engine.nonfinite()]
+        for domain in self._domains:
+            domain.release_gradients()
         raise FloatingPointError(
             f"gradient of parameter {(names or ['of another rank'])[0]!r} has inf or nan ({len(names)} in all "
             'here): the step was not taken and no state changed; pass nonfinite="skip" to skip such steps'
@@ -230,7 +257,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
         if grads:
             torch._foreach_mul_(grads, factor)
         for domain in self._domains:
-            domain.engine.release_gradients()
+            domain.release_gradients()
 
     # ---- report --------------------------------------------------------------------------------------
 
@@ -267,11 +294,11 @@ class FullyShardedMuon(torch.optim.Optimizer):
         counts = [len(group["params"]) for group in self.param_groups]
         if [len(group["params"]) for group in saved_groups] != counts:
             raise ValueError("the saved state has other parameter groups: build the groups of the earlier run")
-        names = {shard.record.param: shard.record.name for domain in self._domains for shard in domain.shards}
+        names = parameter_names(self.param_groups)
         pairs: list[tuple[Tensor, Tensor]] = []
-        for group, saved in zip(self.param_groups, saved_groups, strict=True):
-            for param, key in zip(group["params"], saved["params"], strict=True):
-                pairs += _pair_up(names[param], self.state[param], saved_state.get(key, {}))
+        for group, own, saved in zip(self.param_groups, names, saved_groups, strict=True):
+            for name, param, key in zip(own, group["params"], saved["params"], strict=True):
+                pairs += _pair_up(name, self.state.get(param, {}), saved_state.get(key, {}))
         for mine, theirs in pairs:
             mine.copy_(theirs)
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
@@ -279,7 +306,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
         for domain in self._domains:
             domain.engine.rebind()
             for shard in domain.shards:
-                shard.version = -1
+                shard.version = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: homes are fixed there."""
@@ -311,14 +338,18 @@ class _LocalShard:
     Attributes:
         record: of the engine. part: their memory; None where this rank holds none.
         state: the moments (and masters of its own) as DTensors over the engine's memory.
-        version: of the parameter's memory when masters and parameter last agreed.
+        version: of the parameter when masters and parameter last agreed; None where they may not.
     """
 
     def __init__(self, record: OwnedParameter, part: Part | None) -> None:
         self.record, self.part = record, part
         self.state = {key: self._distributed(value) if value.ndim else value for key, value in record.saved.items()}
         self._known = dict(self.state)
-        self.version = -1 if part is None else record.param.to_local()._version
+        self.version = self.versions() if part is not None else None
+
+    def versions(self) -> tuple[int, int]:
+        """What tells that somebody wrote into the parameter: as a DTensor, or into its local tensor."""
+        return self.record.param._version, self.record.param.to_local()._version
 
     def _distributed(self, flat: Tensor) -> DTensor:
         param = self.record.param
@@ -338,7 +369,7 @@ class _LocalShard:
             )
         if values.data_ptr() != part.values.data_ptr():
             part.master, part.values = (values if not part.has_copies else part.master), values
-            moved, self.version = True, -1
+            moved, self.version = True, None
         for key, tensor in state.items():
             if tensor is not self._known[key]:  # such as a state that was offloaded and brought back
                 self._known[key], moved = tensor, True
@@ -348,10 +379,9 @@ class _LocalShard:
                 else:
                     self.record.state[key] = flat
                     part.moments.update({key: flat} if flat.ndim else {})
-        version = values._version
-        if part.has_copies and self.version != version:
+        if part.has_copies and self.version != self.versions():
             part.adopt()
-            self.version = version
+            self.version = self.versions()
         return moved
 
     def take_gradient(self, none: Tensor) -> None:
@@ -385,6 +415,13 @@ class _Domain:
         for shard in held:
             shard.take_gradient(none)
 
+    def release_gradients(self) -> None:
+        """Hold none of the gradients, which FSDP2 allocates anew in every backward."""
+        self.engine.release_gradients()
+        for shard in self.shards:
+            if shard.part is not None:
+                shard.part.grad = None
+
     def agree(self, flag: bool) -> Any:
         """The engine's agreement over the domain."""
         return self.engine.agree([shard.record.param.grad is not None for shard in self.shards], [flag])
@@ -395,7 +432,7 @@ class _Domain:
         if copies:
             torch._foreach_copy_([s.part.values for s in copies], [s.part.master for s in copies])
         for shard in copies:
-            shard.version = shard.part.values._version
+            shard.version = shard.versions()
 
 
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:

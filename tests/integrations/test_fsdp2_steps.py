@@ -166,11 +166,11 @@ def test_moved_memory_is_followed(rank: int, world: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
             compare(model, twin, f"{dtype} step {step}", dtype)
-        for p in optimizer._domains[0].shards:
+        for p in (shard for shard in optimizer._domains[0].shards if shard.part is not None):
             for key, value in optimizer.state[p.record.param].items():
-                mine = p.part.master if key == "master" else p.record.state[key] if p.part else value
+                mine = p.part.master if key == "master" else p.record.state[key]
                 local = value.to_local() if isinstance(value, DTensor) else value
-                assert p.part is None or local.data_ptr() == mine.data_ptr(), f"{p.record.name} {key}"
+                assert local.data_ptr() == mine.data_ptr(), f"{p.record.name} {key}"
         model.double()
         with pytest.raises(ValueError, match=r"became torch\.float64"):
             optimizer.step()
@@ -262,4 +262,8 @@ def test_bytes_are_those_of_the_plan(rank: int, world: int) -> None:
     calls = optimizer.local_report()["communication"]
     assert sent["all_to_all"] == plan.exchange_bytes_by_rank[rank]
     assert set(sent) == {"all_to_all", "all_reduce"} and sent["all_reduce"] < 1024
-    assert sum(counts["calls"] for counts in calls.values()) == 3  # there, back, and the agreement
+    assert {label: counts["calls"] for label, counts in calls.items()} == {
+        "to_homes": 1,
+        "from_homes": 1,
+        "all_reduce": 1,
+    }
