@@ -68,7 +68,9 @@ class FullyShardedMuon(torch.optim.Optimizer):
         self._options = Options.of({"lr": lr, **options})
         check_choice("nonfinite", nonfinite, ("raise", "skip"))
         self._sealed, self._process_group, self._nonfinite = False, process_group, nonfinite
-        self._model, self._order = getattr(params, "model", None), getattr(params, "order", {})
+        # The model's order, where it keeps its parameters, and a weak reference to it.
+        self._order, self._places = getattr(params, "order", {}), getattr(params, "places", {})
+        self._model = getattr(params, "model", lambda: None)
         self._domains: list[_Domain] = []
         self._facts: dict[str, Any] = {}
         super().__init__(self._options.complete(as_groups(params)), {})
@@ -82,32 +84,29 @@ class FullyShardedMuon(torch.optim.Optimizer):
             return
         members = _members(self.param_groups, self._order)
         self.collectives = Collectives(self._process_group)
-        self._modules = list(self._model.modules()) if self._model is not None else []
-        self._places = {p: (module, leaf) for module in self._modules for leaf, p in module._parameters.items()}
+        everyone = dist.get_process_group_ranks(self.collectives.group)
         by_ranks: dict[tuple[int, ...], list[Member]] = {}
         for member in members:
-            by_ranks.setdefault(tuple(sorted(member.param.device_mesh.mesh.flatten().tolist())), []).append(member)
+            ranks = sorted(everyone.index(rank) for rank in member.param.device_mesh.mesh.flatten().tolist())
+            by_ranks.setdefault(tuple(ranks), []).append(member)
+        teams = {ranks for own in self.collectives.gather_objects(list(by_ranks)) for ranks in own}
+        apart = self.collectives.subgroups(sorted(teams - {tuple(range(len(everyone)))}))
         for ranks in sorted(by_ranks):
-            domain = self._domain(by_ranks[ranks], ranks)
+            domain = self._domain(by_ranks[ranks], apart.get(ranks, self.collectives))
             self._domains.append(domain)
             self._state.update({shard.record.param: shard.state for shard in domain.shards})
         alone = len(self._domains) == 1 and self._domains[0].engine.collectives.size == self.collectives.size
         self._several = not all(self.collectives.gather_objects(alone))
 
-    def _domain(self, members: list[Member], ranks: tuple[int, ...]) -> _Domain:
-        """The engine and the shards of parameters whose meshes have the same ranks; collective over them."""
-        mesh = members[0].param.device_mesh
-        group = self.collectives.group
-        if set(ranks) != set(dist.get_process_group_ranks(group)):
-            group = mesh.get_group() if mesh.ndim == 1 else dist.new_group(ranks, use_local_synchronization=True)
-        order = dist.get_process_group_ranks(group)
+    def _domain(self, members: list[Member], collectives: Collectives) -> _Domain:
+        """The engine and the shards of parameters whose meshes have the ranks of `collectives`; collective over them."""
+        order = dist.get_process_group_ranks(collectives.group)
         specs, columns = zip(
             *(read_shards(member.spec, member.param, order, tensor) for tensor, member in enumerate(members)),
             strict=True,
         )
         members = [member._replace(spec=spec) for member, spec in zip(members, specs, strict=True)]
-        parts = []
-        collectives, device = Collectives(group), members[0].param.to_local().device
+        parts, device = [], members[0].param.to_local().device
         with torch.no_grad():
             for member, column in zip(members, columns, strict=True):
                 shard = column[collectives.rank]
@@ -186,15 +185,16 @@ class FullyShardedMuon(torch.optim.Optimizer):
         def elsewhere() -> list[str]:
             out = []
             for domain in self._domains:
-                for shard in domain.shards:
-                    module, leaf = self._places.get(shard.record.param, (None, ""))
-                    if module is not None and module._parameters.get(leaf) is not shard.record.param:
-                        out.append(shard.record.name)
+                for record in (shard.record for shard in domain.shards if shard.record.name in self._places):
+                    kept, leaf = self._places[record.name]
+                    if kept.get(leaf) is not record.param:
+                        out.append(record.name)
             return out
 
         # After a forward without backward the root keeps gathered weights: the next forward would use those.
-        if elsewhere():
-            for module in self._modules:
+        model = self._model()
+        if model is not None and elsewhere():
+            for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()
         return elsewhere()
