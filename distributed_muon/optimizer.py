@@ -515,6 +515,14 @@ def _check_launch() -> None:
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:
     """Every parameter, in the model's order where that is known."""
     names = parameter_names(groups)
+    for name, param in (
+        (n, p) for i, group in enumerate(groups) for n, p in zip(names[i], group["params"], strict=True)
+    ):
+        if hasattr(param, "placements"):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor: use integrations.fsdp2, or pass the model before fully_shard or "
+                "parallelize_module, since DistributedMuon shards by itself"
+            )
     members = [
         Member(tensor_spec(name, param, group), param, index)
         for index, group in enumerate(groups)

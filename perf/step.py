@@ -59,7 +59,7 @@ def measure(competitors: Sequence[Contender], rounds: int, world: World) -> list
                     wire.on = True
                     peak = transient_bytes(contender.step, world.device)
                 counts = [contender.state_bytes(), wire.sent.total(), peak, contender.ns_calls()]
-                most[contender.name] = _largest(counts, world)
+                most[contender.name] = largest(counts, world)
             else:
                 begin = time.perf_counter()
                 contender.step()
@@ -89,7 +89,7 @@ def measure(competitors: Sequence[Contender], rounds: int, world: World) -> list
     return rows
 
 
-def _largest(values: list[int], world: World) -> list[int]:
+def largest(values: list[int], world: World) -> list[int]:
     """Elementwise maximum over the ranks; collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)

@@ -296,7 +296,7 @@ def _pair(spans: Sequence[Span], wire: Tensor, slot: Slot) -> tuple[list[Tensor]
 
 
 class ShardGradients:
-    """The gradients of all shards of a rank, without padding.
+    """The gradients of all shards of a rank without padding, each element on one of the ranks that hold it.
 
     Args:
         parts: of the rank.
@@ -308,6 +308,7 @@ class ShardGradients:
             Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
             for number, part in enumerate(parts)
             for shard, offset in zip(part.shards, part.offsets, strict=True)
+            if not shard.replica
         )
         self._places: list[int] = []
         self._views: list[Tensor] = []
@@ -319,3 +320,7 @@ class ShardGradients:
             self._places = now
             self._views = [span.view(0, self._parts[span.windows[0].base].grad) for span in self._spans]
         return self._views
+
+    def release(self) -> None:
+        """Hold no view until the next look-up."""
+        self._places, self._views = [], []

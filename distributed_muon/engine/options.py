@@ -162,9 +162,7 @@ def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def tensor_spec(name: str, param: nn.Parameter, group: Mapping[str, Any]) -> TensorSpec:
-    """The planner's view of one whole parameter; raises a ValueError that names it where it is unsupported."""
-    if hasattr(param, "placements"):
-        raise ValueError(f"parameter {name!r} is a DTensor: DistributedMuon shards by itself, pass plain tensors")
+    """The planner's view of one whole parameter, by its global shape; a ValueError names it where it is unsupported."""
     if param.is_meta:
         raise ValueError(f"parameter {name!r} is on the meta device: load or initialize the model first")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):

@@ -221,6 +221,7 @@ class ShardedStep:
 
     def release_gradients(self) -> None:
         """Hold no view of the parts' gradients, so that a framework that makes them anew can free the old ones."""
+        self._gradients.release()
         for bound in self._bindings.values():
             bound.release_gradients()
 

@@ -21,11 +21,16 @@ from distributed_muon.layout.teams import cut_into_blocks
 
 
 class Shard(NamedTuple):
-    """Flat elements [start, stop) of rank-local tensor number `tensor`, held by one rank."""
+    """Flat elements [start, stop) of rank-local tensor number `tensor`, held by one rank.
+
+    Where several ranks hold the same elements (HSDP), one of them has `replica` 0: it sends them to the home and
+    counts them in norms, the others only get updates.
+    """
 
     tensor: int
     start: int
     stop: int
+    replica: int = 0
 
 
 class Piece(NamedTuple):
@@ -44,7 +49,7 @@ class Piece(NamedTuple):
     pitch: int
     rows: int
     cols: int
-    replica: int  # 0: the copy that travels to the home; others (TP-replicated tensors) only get updates
+    replica: int  # 0: the copy that travels to the home; others (of replicated tensors) only get updates
 
     @property
     def numel(self) -> int:
@@ -177,8 +182,8 @@ def _placed_shards(
     """Columns (start, stop, rank, number of the shard, replica) of the shards that stand on the line, see `build`."""
     rank = np.repeat(np.arange(len(shards)), [len(own) for own in shards])
     number = np.fromiter(chain.from_iterable(range(len(own)) for own in shards), np.int64, len(rank))
-    tensor, start, stop = _table(list(chain.from_iterable(shards)), 3)
-    line, replica = lines[tensor, tp_ranks[rank]], np.where(replicated[tensor], tp_ranks[rank], 0)
+    tensor, start, stop, replica = _table(list(chain.from_iterable(shards)), 4)
+    line, replica = lines[tensor, tp_ranks[rank]], replica + np.where(replicated[tensor], tp_ranks[rank], 0)
     return np.stack([line + start, line + stop, rank, number, replica])[:, (line >= 0) & (start < stop)]
 
 
