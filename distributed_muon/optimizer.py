@@ -25,12 +25,12 @@ from distributed_muon.native.gather import ParameterGatherer
 from distributed_muon.native.gradients import GradientReducer
 from distributed_muon.native.owners import check_launch, release_later, take_over
 from distributed_muon.native.parameters import LinkedParameters
-from distributed_muon.native.state_dict import export_state, import_state
+from distributed_muon.native.state_dict import export_state, export_whole, import_state, import_whole
 
 _NO_GRADIENT = "step() found no gradient of any parameter on any rank: nothing was updated"
 _ONE_SHARD = (
-    "state_dict() of DistributedMuon holds the shard of rank {} of {} only: save it on every rank, or use "
-    "distributed_muon.checkpoint.save()"
+    "state_dict() of DistributedMuon holds the shard of rank {} of {} only: save it on every rank, call "
+    "optimizer.gather_state() on every rank before, or use distributed_muon.checkpoint.save()"
 )
 
 
@@ -116,7 +116,7 @@ class DistributedMuon(torch.optim.Optimizer):
         last = self.plan.last_wave_by_tensor()
         self._last_wave = [max(last[tensor] for tensor in bucket.tensors) for bucket in buckets]
         self._replica_check_every, self._distributed = replica_check_every, dist.is_initialized()
-        self._closed, self._steps, self._facts = False, 0, {}
+        self._closed, self._steps, self._facts, self._whole = False, 0, {}, None
         self._forget_agreement()
         self._release = release_later(
             self, [self._reducer, self._gatherer], [self.collectives, *self._engine.teams.values()]
@@ -154,7 +154,7 @@ class DistributedMuon(torch.optim.Optimizer):
         half = next((p.name for p in self.sharded_parameters if p.param.dtype == torch.float16), None)
         if half is not None and not self._unscaled:
             raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
-        self._steps += 1
+        self._steps, self._whole = self._steps + 1, None
         if self._replica_check_every and self._steps % self._replica_check_every == 0:
             self.check_replicas()  # before the gathers of this step paint over what forward and backward have used
         agreement = self._agree()
@@ -367,21 +367,33 @@ class DistributedMuon(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """This rank's exact state by parameter name; no collective, no step, same keys on every rank.
 
-        `checkpoint.save` writes what any number of ranks can load.
+        After `gather_state()`, and until the next step, rank 0's is the state of all ranks. `checkpoint.save` writes
+        what any number of ranks can load, without bringing it to one rank.
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._linked.adopt()
-        state = export_state(self.sharded_parameters, self.param_groups, *self._place)
-        if self.collectives.size > 1:
-            warnings.warn(_ONE_SHARD.format(*self._place), stacklevel=2)
+        state = self._whole
+        if state is None:
+            state = export_state(self.sharded_parameters, self.param_groups, *self._place)
+            if self.collectives.size > 1 and self._steps:
+                warnings.warn(_ONE_SHARD.format(*self._place), stacklevel=2)
         for hook in self._optimizer_state_dict_post_hooks.values():
             state = hook(self, state) or state
         return state
 
     @torch.no_grad()
+    def gather_state(self) -> None:
+        """Let `state_dict()` of rank 0 be the whole state until the next step; collective over the process group.
+
+        For frameworks that save one rank's `state_dict()`. It loads at any number of ranks.
+        """
+        self._linked.adopt()
+        self._whole = export_whole(self.sharded_parameters, self.param_groups, self.collectives)
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `state_dict()` of the same rank of as many ranks returned; no collective.
+        """Restore what `state_dict()` of the same rank of as many ranks returned, or a whole one; no collective.
 
         Load the model's weights as well, or call `gather_params()`: a step refuses to run on parameters
         that do not follow from the masters.
@@ -391,7 +403,10 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        import_state(self.sharded_parameters, self.param_groups, *self._place, state_dict)
+        if state_dict.get("whole"):
+            import_whole(self.sharded_parameters, self.param_groups, state_dict)
+        else:
+            import_state(self.sharded_parameters, self.param_groups, *self._place, state_dict)
         self._engine.rebind()
         self._linked.masters_restored()
         for hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -46,6 +46,10 @@ class Pending:
                 self._finish()
         self._works, self._tensors, self._finish, self._flight = (), (), None, None
 
+    def is_completed(self) -> bool:
+        """Whether `wait()` would not block."""
+        return all(work.is_completed() for work in self._works)
+
 
 class Collectives:
     """Collectives over `group`, issued by all its ranks in the same order.

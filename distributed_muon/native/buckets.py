@@ -104,12 +104,11 @@ class FlatBucket:
         pending = self._collectives.reduce_scatter(output, source)
 
         def mean() -> None:
-            pending.wait()
             if output is not self.part.grad:
                 self.part.grad.copy_(output)
             self.part.grad.div_(self._collectives.size)
 
-        return Pending((), output, source, finish=mean)
+        return Pending([pending], output, source, finish=mean)
 
     def all_gather(self) -> Pending:
         """Round the masters into this rank's part of `flat` and start gathering the others' parts."""

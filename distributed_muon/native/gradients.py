@@ -21,6 +21,7 @@ from distributed_muon.native.standin import MovedGradient
 # Reduce-scatters under way at a time, where each holds a copy of its bucket: all together they would be as large as
 # the model. Where the bucket itself is sent there is no limit.
 _MOST_COPIES = 2
+_ALIVE: weakref.WeakSet[GradientReducer] = weakref.WeakSet()
 
 
 class GradientReducer:
@@ -58,6 +59,7 @@ class GradientReducer:
         self._pending: dict[int, Pending] = {}
         self._hooks = [hook for tensor in range(len(params)) for hook in self._attach(tensor)]
         self.restart()
+        _ALIVE.add(self)
 
     # ---- hooks -----------------------------------------------------------------------------------------
 
@@ -95,7 +97,7 @@ class GradientReducer:
             self._stale[index] = True
             return
         self._missing[index].discard(tensor)
-        while self._launched < len(self._buckets) and not self._missing[self._launched]:
+        while self._launched < len(self._buckets) and not self._missing[self._launched] and self._has_room():
             self._launch(self._launched)
 
     def _absorb(self, tensor: int) -> None:
@@ -144,11 +146,26 @@ class GradientReducer:
             self._sent[tensor] = self.has_gradient(tensor)
             if not self._sent[tensor]:
                 self._views[tensor].zero_()
-        if bucket.copies_gradient(self._dtype) and len(self._pending) == _MOST_COPIES:
+        while not self._is_free():
             self._wait(next(iter(self._pending)))
         self._pending[index] = bucket.reduce_scatter(self._dtype)
         self._launched = max(self._launched, index + 1)
         self._stale[index] = False
+
+    def _has_room(self) -> bool:
+        """Whether another reduce-scatter may start within this backward.
+
+        With several optimizers it must not wait for one under way: other ranks may be in the backward of another
+        model, and wait for us there. What finds no room starts with the step.
+        """
+        return len(_ALIVE) == 1 or self._is_free()
+
+    def _is_free(self) -> bool:
+        if not self._buckets[0].copies_gradient(self._dtype):
+            return True
+        for index in [index for index, pending in self._pending.items() if pending.is_completed()]:
+            self._wait(index)
+        return len(self._pending) < _MOST_COPIES
 
     def _wait(self, index: int) -> None:
         with self._timer("reduce_scatter_wait"):
@@ -202,6 +219,7 @@ class GradientReducer:
 
     def remove(self) -> None:
         """Take the hooks off the parameters, and the stand-ins out of p.grad."""
+        _ALIVE.discard(self)
         for hook in self._hooks:
             hook.remove()
         for param, moved in zip(self._params, self._moved, strict=True):

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import describe_group
 from distributed_muon.engine.state import OwnedParameter
 
@@ -22,6 +26,42 @@ def export_state(
         "state": {p.name: {"shard": (p.start, p.stop), **p.saved} for p in parameters},
         "param_groups": export_groups(parameters, param_groups),
     }
+
+
+def export_whole(
+    parameters: Sequence[OwnedParameter], param_groups: Sequence[Mapping[str, Any]], collectives: Collectives
+) -> dict[str, Any] | None:
+    """The state of all ranks by parameter name, on the CPU of rank 0 (None elsewhere); collective.
+
+    Tensors are fp32 and flat, of all elements of their parameter.
+    """
+    state: dict[str, dict[str, Tensor]] = {}
+    for p in parameters:
+        own = state[p.name] = {}
+        for key, value in p.saved.items():
+            whole = value
+            if value.ndim:
+                # Integers add up without a change of any bit, where -0.0 + 0.0 would be 0.0.
+                bits = torch.zeros(p.param.numel(), dtype=torch.int32, device=value.device)
+                bits[p.start : p.stop] = value.view(torch.int32)
+                whole = collectives.all_reduce(bits, counted=False).view(torch.float32)
+            if collectives.rank == 0:
+                own[key] = whole.cpu()
+    if collectives.rank:
+        return None
+    return {"format": FORMAT, "whole": True, "state": state, "param_groups": export_groups(parameters, param_groups)}
+
+
+def import_whole(
+    parameters: Sequence[OwnedParameter], param_groups: Sequence[dict[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Copy this rank's elements out of an exported whole state, at any number of ranks."""
+    check_groups(parameters, param_groups, state_dict["param_groups"])
+    for p in parameters:
+        for key, value in p.saved.items():
+            whole = state_dict["state"][p.name][key]
+            value.copy_(whole[p.start : p.stop] if value.ndim else whole)
+    import_groups(param_groups, state_dict["param_groups"])
 
 
 def import_state(
