@@ -127,7 +127,7 @@ def load(path: str | Path, model: nn.Module, optimizer: DistributedMuon) -> dict
         dcp.load(state, **keywords)
     model.load_state_dict(state["model"])
     import_groups(optimizer.param_groups, groups)
-    optimizer.gather_params()
+    optimizer.follow_masters()
     return header["extra"].value
 
 

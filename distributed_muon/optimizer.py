@@ -347,6 +347,12 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         self._linked.gather()
 
+    def follow_masters(self) -> None:
+        """`gather_params()` after others wrote masters and moments in place: these lead, whatever the model holds."""
+        self._engine.rebind()
+        self._linked.behind = True
+        self._linked.gather()
+
     def check_replicas(self) -> None:
         """Raise a RuntimeError that names the first parameter whose bits differ between ranks; collective."""
         self._linked.check_replicas()
