@@ -278,7 +278,6 @@ class DTensor(nn.Parameter):
     ("param", "says"),
     [
         (marked(nn.Parameter(torch.zeros(64)), "_is_flat_param"), "FSDP1 or ZeRO-3.*unwrapped model"),
-        (marked(nn.Parameter(torch.zeros(8)), "ds_id"), "FSDP1 or ZeRO-3.*unwrapped model"),
         (nn.Parameter(torch.zeros(0)), "FSDP1 or ZeRO-3.*unwrapped model"),
         (DTensor(torch.zeros(8, 8)), "DTensor.*before fully_shard"),
     ],
