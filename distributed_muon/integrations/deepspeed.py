@@ -79,6 +79,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         # "missed": AdamW parameters whose counter is behind the group's, and by how many steps.
         own = [{**group, "step": 0, "missed": {}, INDEX: index} for index, group in enumerate(groups)]
         super().__init__(own, {})
+        self.defaults["betas"] = self._options.betas  # without it DeepSpeed's OneCycle leaves momentum alone
         self._groups = list(self.param_groups)  # DeepSpeed's step() shows one at a time in param_groups
         self._members = [
             [
@@ -114,6 +115,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         # DeepSpeed shows one group at a time and would leave it at that after an error: a checkpoint saved then
         # would hold that group only.
         shown, self.param_groups = self.param_groups, self._groups
+        self._restore_groups()
         partitions = self._attach()
         for partition in partitions.values():
             if partition.engine is None:
@@ -152,7 +154,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             refuse_parameters(self._members)
             if self._holds_model_parameters():
                 raise ValueError(
-                    "parameters are not partitioned, as in ZeRO stage 0: set zero_optimization.stage to 1 or 2 in the "
+                    "parameters are not partitioned, as in ZeRO stage 0: set zero_optimization.stage to 1 in the "
                     "DeepSpeed config, which gives the same training with less memory"
                 )
             refuse_fp16_autocast()
@@ -177,7 +179,10 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         """The engine on the memory that DeepSpeed uses now, which loading a checkpoint may have replaced."""
         engine, part = partition.engine, partition.part
         master, moments = partition.flat.detach(), self._bind(partition)
-        steps, missed = (self._groups[partition.group][key] for key in ("step", "missed"))
+        group = self._groups[partition.group]
+        steps, missed = group["step"], group["missed"]
+        if group["algorithm"] == "muon" and "betas" in group:  # OneCycle's way to set momentum
+            group["momentum"] = group["betas"][0]
         part.grad = partition.flat.grad
         places = [t.data_ptr() for t in (master, *moments.values())]
         if places != [t.data_ptr() for t in (part.master, *part.moments.values())] or steps != partition.steps:
@@ -245,9 +250,13 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state as DeepSpeed saves it; no collective, no step."""
-        if not self._holds_model_parameters():
-            self._attach()
-        return super().state_dict()
+        if self._holds_model_parameters():
+            return super().state_dict()
+        self._attach()
+        self._restore_groups()
+        out, step = super().state_dict(), self._groups[0]["step"]
+        # The loader of stage 3's universal checkpoints looks for it here.
+        return {**out, "state": {key: {**state, "step": step} for key, state in out["state"].items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -286,6 +295,18 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                 state = state_dict["state"].get(saved["params"][0], {})
                 group["step"] = int(state.get("step", saved.get("step", 0)))
                 self._adopted = True
+
+    def _restore_groups(self) -> None:
+        """Undo what DeepSpeed's loader of stage 3's universal checkpoints does: group 0's options in every group.
+
+        The step is the loaded one, and so is the learning rate, in the proportion of the groups.
+        """
+        for group, given in zip(self._groups, self._given, strict=True):
+            if group[INDEX] != given[INDEX]:
+                ratio = given["lr"] / self._given[0]["lr"] if self._given[0]["lr"] else 1.0
+                loaded = {"params": group["params"], "step": group["step"], "lr": group["lr"] * ratio}
+                group.clear()
+                group.update({**given, **loaded, "missed": {}})
 
     def _holds_model_parameters(self) -> bool:
         """Whether no ZeRO stage has replaced the parameters of the groups (yet)."""

@@ -172,6 +172,20 @@ def test_schedulers_scale_every_group_from_the_next_step(rank: int, world: int) 
 
 
 @on_ranks(2, timeout=SECONDS)
+def test_one_cycle_cycles_the_momentum_of_muon_too(rank: int, world: int) -> None:
+    cycle = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.03, "cycle_first_step_size": 4, "decay_lr_rate": 0.0}
+    run = Run(zero_config(1, scheduler={"type": "OneCycle", "params": {**cycle, "cycle_momentum": True}}))
+    expected: list[Tensor] = [torch.zeros_like(p) for p in run.model.parameters()][:9]
+    seen = []
+    for step in range(3):
+        run.train_step(step, rank)
+        seen.append(run.optimizer.param_groups[0]["momentum"])
+        torch._foreach_lerp_(expected, run.reduced()[:9], 1 - seen[-1])
+    assert len(set(seen)) == 3, seen
+    assert all(map(torch.equal, run.moment()[:9], expected))
+
+
+@on_ranks(2, timeout=SECONDS)
 def test_state_is_one_momentum_and_visible_to_deepspeed(rank: int, world: int) -> None:
     from deepspeed.utils import safe_get_full_optimizer_state
 
