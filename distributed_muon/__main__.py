@@ -9,32 +9,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
-from distributed_muon.engine.update import ADJUST_LR_FNS
 from distributed_muon.layout.matrices import Whole
 from distributed_muon.layout.plan import STRATEGIES
-from distributed_muon.param_groups import AuditRow, audit, audit_row, format_audit, format_table
+from distributed_muon.planning import simulate as simulation
 from distributed_muon.planning.model_shapes import NAMED_MODELS, SUPPORTED, ParameterShape, model_shapes
 from distributed_muon.planning.simulate import LAYOUTS, Job, StageReport, simulate
 
-_HF_CONFIG = f"a Hugging Face config.json; model_type one of {', '.join(SUPPORTED)}"
-_PLAN_EPILOG = """\
-assumed, as in a Megatron-style job:
-  pipeline stages hold contiguous layers, as evenly as they divide; every stage is planned, and the one
-    whose busiest rank does the most Newton-Schulz is reported
-  tensor parallelism cuts attention and feed-forward matrices; router and latent down-projections are whole
-  routed experts are not cut by tensor parallelism; with --ep or --tp above 1 they have a rank domain of
-    their own, dp x tp / ep ranks, on the same ranks as the dense parameters
-  Muon and AdamW parameters have buckets of their own
-  adamw_bytes is what ZeRO-1 AdamW sends: fp32 reduce-scatter and bf16 all-gather, 6 bytes x (N - 1) / N
-    per parameter
+if TYPE_CHECKING:
+    from torch import nn
 
-JSON bytes and FLOPs are per rank and step, matrices and parameters of the whole model (parameters: all that
-are trained, muon_parameters of them with Muon).
-"""
+_HF_CONFIG = f"a Hugging Face config.json; model_type one of {', '.join(SUPPORTED)}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,7 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         "factory", nargs="?", metavar="MODULE:FACTORY", help="called on the meta device, without arguments"
     )
     source.add_argument("--hf-config", type=Path, metavar="FILE", help=_HF_CONFIG)
-    check.add_argument("--adjust-lr-fn", choices=ADJUST_LR_FNS, default="match_rms_adamw", help="scale rule shown")
+    check.add_argument(
+        "--adjust-lr-fn",
+        default="match_rms_adamw",
+        metavar="NAME",
+        help="scale rule shown: match_rms_adamw or original",
+    )
     check.add_argument("--json", action="store_true", help="one JSON list of rows, not folded")
     check.set_defaults(run=_audit)
 
@@ -69,18 +60,23 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="plan a model at any scale, without ranks",
-        epilog=_PLAN_EPILOG,
+        epilog=simulation.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     source = plan.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", choices=sorted(NAMED_MODELS), metavar="NAME", help=", ".join(sorted(NAMED_MODELS)))
     source.add_argument("--hf-config", type=Path, metavar="FILE", help=_HF_CONFIG)
     plan.add_argument("--dp", type=int, required=True, metavar="N", help="data-parallel ranks")
-    plan.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel ranks")
-    plan.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline stages")
-    plan.add_argument("--ep", type=int, default=1, metavar="N", help="expert-parallel ranks, a divisor of dp x tp")
-    plan.add_argument("--layout", choices=LAYOUTS, default="bucketed", help="how optimizer shards are cut (bucketed)")
-    plan.add_argument("--strategy", choices=STRATEGIES, default="auto", help="where matrices are orthogonalized (auto)")
+    ranks = {
+        "tp": "tensor-parallel ranks",
+        "pp": "pipeline stages",
+        "ep": "expert-parallel ranks, a divisor of dp x tp",
+    }
+    for size, meaning in ranks.items():
+        plan.add_argument(f"--{size}", type=int, default=getattr(Job, size), metavar="N", help=meaning)
+    cuts, homes = "how optimizer shards are cut", "where matrices are orthogonalized"
+    plan.add_argument("--layout", choices=LAYOUTS, default=Job.layout, help=f"{cuts} (%(default)s)")
+    plan.add_argument("--strategy", choices=STRATEGIES, default=Job.strategy, help=f"{homes} (%(default)s)")
     plan.add_argument(
         "--bucket-mb", type=float, metavar="F",
         help="MiB of fp32 gradient per bucket (Megatron's rule: 40 million elements, dp million if more)",
@@ -98,29 +94,28 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _audit(args: argparse.Namespace) -> int:
+    from distributed_muon.param_groups import audit, audit_row, format_audit  # torch, which plan needs not wait for
+
+    scale = {"adjust_lr_fn": args.adjust_lr_fn}
     if args.hf_config:
-        rows = [_shape_row(shape, args.adjust_lr_fn) for shape in _load_shapes(args.hf_config)]
+        shapes = _load_shapes(args.hf_config)
+        rules = {"muon": Whole()}
+        rows = [audit_row(s.name, s.shape, s.algorithm, rules.get(s.algorithm), s.role, **scale) for s in shapes]
     else:
-        rows = audit(_build_model(args.factory), adjust_lr_fn=args.adjust_lr_fn)
+        rows = audit(_build_model(args.factory), **scale)
     if args.json:
-        print(json.dumps([_row_json(row) for row in rows]))
+        matrices = [[{"name": m.name, "rows": m.rows, "cols": m.cols} for m in row.matrices] for row in rows]
+        found = zip(rows, matrices, strict=True)
+        print(json.dumps([{**dataclasses.asdict(row), "matrices": parts} for row, parts in found]))
     else:
         print(format_audit(rows))
     return int(any(row.algorithm == "undecided" for row in rows))
 
 
-def _shape_row(shape: ParameterShape, adjust_lr_fn: str) -> AuditRow:
-    rule = Whole() if shape.algorithm == "muon" else None
-    return audit_row(shape.name, shape.shape, shape.algorithm, rule, shape.role, adjust_lr_fn=adjust_lr_fn)
-
-
-def _row_json(row: AuditRow) -> dict:
-    matrices = [{"name": matrix.name, "rows": matrix.rows, "cols": matrix.cols} for matrix in row.matrices]
-    return {**dataclasses.asdict(row), "matrices": matrices}
-
-
 def _build_model(target: str) -> nn.Module:
     """The model of "package.module:factory", on the meta device."""
+    import torch
+
     module_name, separator, factory_name = target.partition(":")
     if not separator:
         raise ValueError(f"{target!r} is not MODULE:FACTORY, such as my_package.models:build")
@@ -130,7 +125,7 @@ def _build_model(target: str) -> nn.Module:
         raise ValueError(f"{module_name} has no callable {factory_name!r}")
     with torch.device("meta"):
         model = factory()
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, torch.nn.Module):
         raise ValueError(f"{target} returned a {type(model).__name__}, not a torch.nn.Module")
     return model
 
@@ -150,7 +145,8 @@ def _plan(args: argparse.Namespace) -> int:
     for domain in report.domains:
         print(f"{domain.name} parameters of stage {report.stage}:")
         print(domain.plan.explain(), end="\n\n")
-    print(format_table([(key, _cell(value)) for key, value in summary.items()]))
+    width = max(map(len, summary))
+    print("\n".join(f"{key:{width}}  {_cell(value)}" for key, value in summary.items()))
     return 0
 
 
@@ -171,15 +167,8 @@ def _summary(model: str, shapes: Sequence[ParameterShape], job: Job, report: Sta
         "matrices": len(muon),
         "muon_parameters": sum(muon),
         "parameters": sum(shape.numel for shape in shapes if shape.algorithm != "frozen"),
-        "stage": report.stage,
-        "ns_flops_max": report.ns_flops_max,
-        "ns_max_over_ideal": report.ns_max_over_ideal,
-        "state_bytes_max": report.state_bytes_max,
-        "state_bytes_ideal": report.state_bytes_ideal,
-        "exchange_bytes_max": report.exchange_bytes_max,
-        "adamw_bytes": report.adamw_bytes,
+        **{field.name: getattr(report, field.name) for field in dataclasses.fields(report) if field.name != "domains"},
         "comm_over_adamw": report.comm_over_adamw,
-        "plan_seconds": report.plan_seconds,
     }
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +17,14 @@ from distributed_muon.engine.options import Options, as_groups, check_choice, ne
 from distributed_muon.engine.report import local_report, step_report
 from distributed_muon.engine.state import Member, OwnedParameter
 from distributed_muon.engine.step import ShardedStep
-from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets, make_buckets
+from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets
+from distributed_muon.layout.pieces import Shard
 from distributed_muon.layout.plan import Plan
-from distributed_muon.native.buckets import FlatBucket
+from distributed_muon.native.buckets import FlatBucket, cut_families
 from distributed_muon.native.gather import ParameterGatherer
 from distributed_muon.native.gradients import GradientReducer
-from distributed_muon.native.owners import refuse_shared_memory, take_over
+from distributed_muon.native.owners import check_launch, release_later, take_over
+from distributed_muon.native.parameters import LinkedParameters
 from distributed_muon.native.state_dict import export_state, import_state
 
 _NO_GRADIENT = "step() found no gradient of any parameter on any rank: nothing was updated"
@@ -83,14 +83,7 @@ class DistributedMuon(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         everywhere = Options.of({"lr": lr, **options})
-        check_choice("reduce_dtype", reduce_dtype, (torch.float32, torch.bfloat16))
-        check_choice("layout", layout, ("auto", "aligned", "bucketed", "flat"))
-        check_choice("gradient_reduction", gradient_reduction, ("reduce_scatter", "none"))
-        check_choice("nonfinite", nonfinite, ("raise", "skip"))
-        if bucket_mb is not None and (layout == "flat" or bucket_mb <= 0):
-            raise ValueError(f"bucket_mb={bucket_mb} with layout={layout!r}: give MiB above 0, and none for 'flat'")
-        if gradient_reduction == "none" and reduce_dtype != torch.float32:
-            raise ValueError(f'reduce_dtype={reduce_dtype} with gradient_reduction="none": nothing is reduced here')
+        _check_options(layout, bucket_mb, gradient_reduction, reduce_dtype, nonfinite)
         self._sealed = False
         super().__init__(everywhere.complete(as_groups(params)), {})
         # What schedulers look at: they cycle "momentum", which in AdamW groups is the first beta.
@@ -99,39 +92,35 @@ class DistributedMuon(torch.optim.Optimizer):
         members = _members(self.param_groups, getattr(params, "order", {}))
         self._params: list[nn.Parameter] = [member.param for member in members]
         names = [member.spec.name for member in members]
-        refuse_shared_memory(zip(names, self._params, strict=True))
-        take_over(self._params, self)
-        _check_launch()
+        check_launch()
+        take_over(zip(names, self._params, strict=True), self)
         self.collectives, device = Collectives(process_group).apart(), self._params[0].device
         own = f"layout {layout}, bucket_mb {bucket_mb}, {gradient_reduction}, {reduce_dtype}, {nonfinite}"
         self._engine = ShardedStep(members, self.param_groups, everywhere, self.collectives, device, also=[own])
 
-        dp, rank = self.collectives.size, self.collectives.rank
-        numel = None if layout == "flat" else bucket_elements(bucket_mb, dp)
-        buckets = _cut(members, self.param_groups, dp, numel, layout in ("auto", "aligned"))
-        shards = cut_buckets(buckets, [member.spec.numel for member in members], dp)
+        buckets, shards = _cut(members, self.param_groups, self.collectives.size, layout, bucket_mb)
         reduces = gradient_reduction == "reduce_scatter"
-        owned = {shard.tensor: shard for shard in shards[rank]}
+        owned = {shard.tensor: shard for shard in shards[self.collectives.rank]}
         self._buckets = [
             FlatBucket(b, [owned[t] for t in b.tensors if t in owned], self._params, names, self.collectives, reduces)
             for b in buckets
         ]
-        self._start_from_first_rank(getattr(params, "model", lambda: None)())
+        timer = self._engine.timer
+        self._gatherer = ParameterGatherer(self._buckets, self._params, timer)
+        places = getattr(params, "places", {})
+        self._linked = LinkedParameters(self._buckets, self._params, names, self._gatherer, self.collectives, places)
+        self._linked.start_from_first_rank(getattr(params, "model", lambda: None)())
         self._engine.attach(shards, [bucket.part for bucket in self._buckets if bucket.part.shards])
         self.state.update({p.param: p.state for p in self._engine.parameters})
-        timer = self._engine.timer
         self._reducer = GradientReducer(self._buckets, self._params, names, reduce_dtype, timer) if reduces else None
-        self._gatherer = ParameterGatherer(self._buckets, self._params, timer)
         last = self.plan.last_wave_by_tensor()
         self._last_wave = [max(last[tensor] for tensor in bucket.tensors) for bucket in buckets]
-        self._agreement: Agreement | None = None
-        self._unscaled = self._behind_masters = self._closed = False
-        self._clip, self._facts, self._steps = 1.0, {}, 0
-        self._places = [(name, *getattr(params, "places", {}).get(name, ({}, name))) for name in names]
         self._replica_check_every, self._distributed = replica_check_every, dist.is_initialized()
-        kept = [part for part in (self._reducer, self._gatherer) if part is not None]
-        self._release = weakref.finalize(self, _release, kept, [self.collectives, *self._engine.teams.values()])
-        self._release.atexit = False
+        self._closed, self._steps, self._facts = False, 0, {}
+        self._forget_agreement()
+        self._release = release_later(
+            self, [self._reducer, self._gatherer], [self.collectives, *self._engine.teams.values()]
+        )
 
     @property
     def plan(self) -> Plan:
@@ -165,6 +154,9 @@ class DistributedMuon(torch.optim.Optimizer):
         half = next((p.name for p in self.sharded_parameters if p.param.dtype == torch.float16), None)
         if half is not None and not self._unscaled:
             raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
+        self._steps += 1
+        if self._replica_check_every and self._steps % self._replica_check_every == 0:
+            self.check_replicas()  # before the gathers of this step paint over what forward and backward have used
         agreement = self._agree()
         skipped = self._must_skip(agreement)
         if not skipped:
@@ -176,9 +168,6 @@ class DistributedMuon(torch.optim.Optimizer):
         if not any(agreement.present):
             warnings.warn(_NO_GRADIENT, stacklevel=3)
         self._engine.close()
-        self._steps += 1
-        if self._replica_check_every and self._steps % self._replica_check_every == 0:
-            self.check_replicas()
         self._facts = {"grad_norm": agreement.norm, "skipped": skipped}
         self._forget_agreement()
         return loss
@@ -187,11 +176,17 @@ class DistributedMuon(torch.optim.Optimizer):
         """Finish the reduce-scatters, then one all-reduce: norms, present gradients, flags."""
         if self._agreement is not None:
             return self._agreement
-        problem, reducer = self._follow_model(), self._reducer
+        if self._closed:
+            raise RuntimeError(
+                "this DistributedMuon was closed, or replaced by a newer one on the same parameters: use that one"
+            )
+        if dist.is_initialized() != self._distributed:
+            raise RuntimeError("DistributedMuon was built before init_process_group() (or outlived it): build it after")
+        problem, reducer = self._linked.follow(), self._reducer
         again = True
         while again:
             if reducer is None:
-                self._copy_averaged_gradients()
+                _copy_averaged_gradients(self.sharded_parameters)
             stale = [] if reducer is None else reducer.finish()
             has_gradient = [param.grad is not None for param in self._params]
             agreement = self._engine.agree(has_gradient, [problem is not None, *stale])
@@ -206,41 +201,6 @@ class DistributedMuon(torch.optim.Optimizer):
             reducer.closed = True
         return agreement
 
-    def _follow_model(self) -> str | None:
-        """Take over what was written into the parameters or moved since the last step; no collective.
-
-        Returns:
-            What cannot be taken over, in words.
-        """
-        if self._closed:
-            raise RuntimeError(
-                "this DistributedMuon was closed, or replaced by a newer one on the same parameters: use that one"
-            )
-        if dist.is_initialized() != self._distributed:
-            raise RuntimeError("DistributedMuon was built before init_process_group() (or outlived it): build it after")
-        self._gatherer.wait()
-        for (name, held, leaf), param in zip(self._places, self._params, strict=True):
-            if held.get(leaf, param) is not param:
-                return (
-                    f"parameter {name!r} of the model was replaced by another nn.Parameter, as load_state_dict("
-                    "assign=True) does: load without assign, or build a new DistributedMuon"
-                )
-        try:
-            moved = [bucket.link_again() for bucket in self._buckets]
-        except RuntimeError as error:
-            return str(error)
-        if self._behind_masters and not any(moved):
-            self._behind_masters = any(bucket.part.behind() for bucket in self._buckets)
-            if self._behind_masters:
-                return (
-                    "parameters differ from the masters that load_state_dict() restored: call "
-                    "optimizer.gather_params() after loading, before the first forward"
-                )
-        self._behind_masters = False
-        for bucket in self._buckets:
-            bucket.part.adopt()
-        return None
-
     def _must_skip(self, agreement: Agreement) -> bool:
         if agreement.nonfinite and self._nonfinite == "raise":
             first, *others = self._engine.nonfinite()
@@ -249,12 +209,6 @@ class DistributedMuon(torch.optim.Optimizer):
                 'not taken and no state changed; pass nonfinite="skip" to skip such steps'
             )
         return agreement.nonfinite
-
-    def _copy_averaged_gradients(self) -> None:
-        for p in self.sharded_parameters:
-            if p.part is not None:
-                whole = p.param.grad
-                p.grad.zero_() if whole is None else p.grad.copy_(whole.reshape(-1)[p.start : p.stop])
 
     def _start_gathers(self, after_wave: int) -> None:
         """Start the all-gather of the buckets whose last matrix was updated in this wave (-1: AdamW)."""
@@ -359,9 +313,8 @@ class DistributedMuon(torch.optim.Optimizer):
         self._agree()
         record = next((p for p in self.sharded_parameters if p.name == name), None)
         if record is None:
-            raise ValueError(
-                f"{name!r} is no parameter of this optimizer: {nearest(name, [n for n, *_ in self._places])}"
-            )
+            known = nearest(name, [p.name for p in self.sharded_parameters])
+            raise ValueError(f"{name!r} is no parameter of this optimizer: {known}")
         whole = torch.zeros(record.param.numel(), dtype=torch.float32, device=record.param.device)
         whole[record.start : record.stop] = record.grad
         return self.collectives.all_reduce(whole, counted=False).view(record.param.shape)
@@ -392,42 +345,11 @@ class DistributedMuon(torch.optim.Optimizer):
 
         Values written into the parameters since the last step are kept, unless masters were restored since.
         """
-        if not self._behind_masters:
-            self._adopt()
-        self._gatherer.wait()
-        for index in range(len(self._buckets)):
-            self._gatherer.start(index)
-        self._gatherer.wait()
-        self._behind_masters = False
+        self._linked.gather()
 
-    @torch.no_grad()
     def check_replicas(self) -> None:
         """Raise a RuntimeError that names the first parameter whose bits differ between ranks; collective."""
-        self._gatherer.wait()
-        bits = {2: torch.int16, 4: torch.int32}
-        sums = [p.detach().reshape(-1).view(bits[p.element_size()]).sum(dtype=torch.int64) for p in self._params]
-        mine = torch.stack(sums)
-        extremes = self.collectives.all_reduce(torch.cat([mine, -mine]), maximum=True, counted=False).view(2, -1)
-        for number in (extremes[0] != -extremes[1]).nonzero().flatten().tolist()[:1]:
-            everyone = self.collectives.gather_objects(mine[number].item())
-            rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
-            raise RuntimeError(
-                f"parameter {self._places[number][0]!r} differs between ranks 0 and {rank}: one of them computes or "
-                "remembers wrongly, or was written to by itself; resume from a checkpoint"
-            )
-
-    def _adopt(self) -> None:
-        problem = self._follow_model()
-        if problem is not None:
-            raise RuntimeError(problem)
-
-    def _start_from_first_rank(self, model: nn.Module | None) -> None:
-        """Let all ranks have rank 0's parameters and buffers, as DDP does; collective."""
-        for bucket in self._buckets:
-            self.collectives.broadcast(bucket.flat)
-            bucket.part.adopt()
-        for buffer in model.buffers() if model is not None else ():
-            buffer.copy_(self.collectives.broadcast(buffer.contiguous()))
+        self._linked.check_replicas()
 
     def close(self) -> None:
         """Take hooks and stand-ins off the parameters and give the process groups back; the optimizer ends here.
@@ -449,8 +371,7 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        if not self._behind_masters:
-            self._adopt()
+        self._linked.adopt()
         state = export_state(self.sharded_parameters, self.param_groups, *self._place)
         if self.collectives.size > 1:
             warnings.warn(_ONE_SHARD.format(*self._place), stacklevel=2)
@@ -472,7 +393,7 @@ class DistributedMuon(torch.optim.Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         import_state(self.sharded_parameters, self.param_groups, *self._place, state_dict)
         self._engine.rebind()
-        self._behind_masters = any(bucket.part.behind() for bucket in self._buckets)
+        self._linked.masters_restored()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
@@ -495,26 +416,48 @@ class DistributedMuon(torch.optim.Optimizer):
         )
 
 
-def _release(parts: Sequence[GradientReducer | ParameterGatherer], collectives: Sequence[Collectives]) -> None:
-    for part in parts:
-        part.remove()
-    for own in collectives:
-        own.close()
+def _check_options(
+    layout: str, bucket_mb: float | None, gradient_reduction: str, reduce_dtype: torch.dtype, nonfinite: str
+) -> None:
+    check_choice("reduce_dtype", reduce_dtype, (torch.float32, torch.bfloat16))
+    check_choice("layout", layout, ("auto", "aligned", "bucketed", "flat"))
+    check_choice("gradient_reduction", gradient_reduction, ("reduce_scatter", "none"))
+    check_choice("nonfinite", nonfinite, ("raise", "skip"))
+    if bucket_mb is not None and (layout == "flat" or bucket_mb <= 0):
+        raise ValueError(f"bucket_mb={bucket_mb} with layout={layout!r}: give MiB above 0, and none for 'flat'")
+    if gradient_reduction == "none" and reduce_dtype != torch.float32:
+        raise ValueError(f'reduce_dtype={reduce_dtype} with gradient_reduction="none": nothing is reduced here')
 
 
-def _check_launch() -> None:
-    """Refuse to train alone in a job of several processes."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and not dist.is_initialized():
-        raise RuntimeError(
-            f"WORLD_SIZE is {world} but torch.distributed is not initialized, so every rank would train alone: call "
-            "torch.distributed.init_process_group() before DistributedMuon"
-        )
+def _cut(
+    members: Sequence[Member], groups: Sequence[Mapping[str, Any]], dp: int, layout: str, bucket_mb: float | None
+) -> tuple[list[Bucket], list[list[Shard]]]:
+    """The buckets, and per rank its shards of them."""
+    families = [(groups[member.group]["algorithm"], member.param.dtype) for member in members]
+    numels = [member.spec.numel for member in members]
+    size = None if layout == "flat" else bucket_elements(bucket_mb, dp)
+    buckets = cut_families(families, numels, dp, size, layout in ("auto", "aligned"))
+    return buckets, cut_buckets(buckets, numels, dp)
+
+
+def _copy_averaged_gradients(parameters: Sequence[OwnedParameter]) -> None:
+    for p in parameters:
+        if p.part is not None:
+            whole = p.param.grad
+            p.grad.zero_() if whole is None else p.grad.copy_(whole.reshape(-1)[p.start : p.stop])
 
 
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:
     """Every parameter, in the model's order where that is known."""
     names = parameter_names(groups)
+    for name, param in (
+        (n, p) for i, group in enumerate(groups) for n, p in zip(names[i], group["params"], strict=True)
+    ):
+        if hasattr(param, "placements"):
+            raise ValueError(
+                f"parameter {name!r} is a DTensor: use integrations.fsdp2, or pass the model before fully_shard or "
+                "parallelize_module, since DistributedMuon shards by itself"
+            )
     members = [
         Member(tensor_spec(name, param, group), param, index)
         for index, group in enumerate(groups)
@@ -523,19 +466,3 @@ def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> l
     if not members:
         raise ValueError("optimizer got an empty parameter list: every parameter is frozen, or params was used up")
     return sorted(members, key=lambda member: order.get(member.spec.name, 0))
-
-
-def _cut(
-    members: Sequence[Member], groups: Sequence[Mapping[str, Any]], dp: int, bucket_numel: int | None, aligned: bool
-) -> list[Bucket]:
-    """Buckets of one algorithm and dtype each, so that every rank's share of the state is equal."""
-    families: dict[Any, list[int]] = {}
-    for tensor, member in enumerate(members):
-        families.setdefault((groups[member.group]["algorithm"], member.param.dtype), []).append(tensor)
-    buckets = []
-    for tensors in families.values():
-        numels = [members[tensor].spec.numel for tensor in tensors]
-        for bucket in make_buckets(numels, dp, bucket_numel=bucket_numel, aligned=aligned):
-            buckets.append(bucket._replace(tensors=tuple(tensors[i] for i in bucket.tensors)))
-    # A bucket is complete when the gradient of its first layer arrives: reduce the last layers' first.
-    return sorted(buckets, key=lambda bucket: -min(bucket.tensors))

@@ -105,8 +105,8 @@ def muon_param_groups(
     """Parameter groups for `DistributedMuon`: hidden matrices to Muon, everything else to AdamW.
 
     Args:
-        model: the model, on any device. Frozen parameters are left out; tied ones appear once, under
-            their first name.
+        model: the model, on any device; after fully_shard for `integrations.fsdp2`. Frozen parameters are left out;
+            tied ones appear once, under their first name.
         overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a matrices rule; where several
             match, the last one counts.
         muon: options for every Muon group (lr, weight_decay, ...).
@@ -119,7 +119,7 @@ def muon_param_groups(
         are not one plain matrix each, the rule under "matrices" (one group per distinct rule).
 
     Raises:
-        ValueError: no parameter goes to Muon; a parameter is sharded or flattened; an override matches
+        ValueError: no parameter goes to Muon; a parameter is flattened; an override matches
             nothing or does not fit; a fused parameter whose parts cannot be told.
     """
     names: list[str] = []
@@ -401,11 +401,6 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 
 def _refuse_sharded(name: str, param: Tensor) -> None:
-    if any(cls.__name__ == "DTensor" for cls in type(param).__mro__):
-        raise ValueError(
-            f"parameter {name!r} is a DTensor: pass the model before fully_shard or parallelize_module; "
-            "DistributedMuon wants whole tensors on every rank"
-        )
     # torch marks FSDP1's flat parameters.
     if hasattr(param, "_is_flat_param") or 0 in whole_shape(param):
         raise ValueError(

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
 
 from launch.data import TokenData, load_data
-from launch.models import MODELS, CausalLM, add_size_flags, build_model, cast_parameters, sizes_from_flags
+from launch.failure import tell_torchrun
+from launch.models import (
+    MODELS,
+    CausalLM,
+    DenseConfig,
+    MoonlightConfig,
+    add_size_flags,
+    build_model,
+    cast_parameters,
+    sizes_from_flags,
+)
 from launch.models.huggingface import load_weights, read_config
+from launch.profiling import step_range
 from launch.trackers import TRACKERS, check_installed
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line per node, which torchrun repeats at the end."""
+
+    def error(self, message: str) -> NoReturn:
+        tell_torchrun(f"error: {message}")
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            self.exit(2)
+        self.exit(2, f"error: {message}\n")
 
 
 def trainer_parser(description: str) -> argparse.ArgumentParser:
@@ -25,13 +47,12 @@ def trainer_parser(description: str) -> argparse.ArgumentParser:
     Args:
         description: the trainer's docstring, of which the first line is shown.
     """
-    parser = argparse.ArgumentParser(
-        description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=description.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_model_flags(parser)
     add_data_flags(parser)
     add_run_flags(parser)
     add_schedule_flags(parser)
+    add_profile_flags(parser)
     return parser
 
 
@@ -85,6 +106,26 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--save-hf", type=Path, metavar="FOLDER", help="where to write the trained model as a Hugging Face checkpoint"
     )
+    run.add_argument(
+        "--exit-after", type=float, metavar="MINUTES", help="stop with a checkpoint, for a job that is to be continued"
+    )
+    run.add_argument(
+        "--stop-file", type=Path, metavar="FILE", help="written when the run stops before its last step, for schedulers"
+    )
+    run.add_argument(
+        "--stop-code",
+        type=int,
+        default=0,
+        metavar="CODE",
+        help="exit code of a run that stops before its last step; not 0: torchrun starts the ranks that are left again",
+    )
+    run.add_argument(
+        "--timeout",
+        type=float,
+        default=900.0,
+        metavar="SECONDS",
+        help="end the job where a step, validation or save takes longer, and name the rank it waits for; 0: never",
+    )
     run.add_argument("--validation-interval", type=int, default=40, help="steps between validations")
     run.add_argument("--validation-samples", type=int, default=128, help="held-out samples per validation")
     run.add_argument("--log-interval", type=int, default=10, help="steps between lines without a terminal")
@@ -94,6 +135,18 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         choices=TRACKERS,
         default=["tensorboard"],
         help="where metrics go beside metrics.jsonl; no name: nowhere. WANDB_PROJECT and MLFLOW_TRACKING_URI say where",
+    )
+
+
+def add_profile_flags(parser: argparse.ArgumentParser) -> None:
+    """What `launch.profiling` and MFU need."""
+    profile = parser.add_argument_group("profile")
+    profile.add_argument(
+        "--profile-steps", type=step_range, metavar="FIRST:LAST", help="trace these steps into RUN_DIR/profile"
+    )
+    profile.add_argument("--profile-ranks", type=int, nargs="+", default=[0], metavar="RANK", help="that are traced")
+    profile.add_argument(
+        "--peak-tflops", type=float, help="of one device, for MFU; without it, by the GPU's name where it is known"
     )
 
 
@@ -200,12 +253,27 @@ def make_model(args: argparse.Namespace, vocab_size: int, device: torch.device) 
     Raises:
         ValueError: a size that cannot be right, or a checkpoint that does not fit the data or is damaged.
     """
-    sizes = {"max_position_embeddings": args.sequence_length, "vocab_size": vocab_size, **sizes_from_flags(args)}
+    sizes = _sizes(args, vocab_size)
     if args.init_from is not None:
         sizes |= read_config(args.init_from, data_vocab_size=vocab_size)[1]
     torch.manual_seed(args.seed)
     model = build_model(args.model, **sizes)
     cast_parameters(model, DTYPES[args.dtype])
     if args.init_from is not None:
-        load_weights(model, args.init_from)
+        skipped = load_weights(model, args.init_from)
+        if skipped and os.environ.get("RANK", "0") == "0":
+            print(f"note: {skipped} tensors of multi-token prediction in {args.init_from} are not trained")
     return model.to(device)
+
+
+def model_config(args: argparse.Namespace, vocab_size: int) -> DenseConfig | MoonlightConfig:
+    """The sizes of the model that the command line asks for.
+
+    Args:
+        vocab_size: of the data.
+    """
+    return MODELS[args.model][0](**_sizes(args, vocab_size))
+
+
+def _sizes(args: argparse.Namespace, vocab_size: int) -> dict[str, Any]:
+    return {"max_position_embeddings": args.sequence_length, "vocab_size": vocab_size, **sizes_from_flags(args)}

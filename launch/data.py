@@ -152,6 +152,8 @@ def load_data(
         raise ValueError("--data mixes token files (.bin .npy) with text: give one kind")
     if token_files:
         arrays = [_token_array(file, bin_dtype) for file in token_files]
+        if vocab_size is not None and vocab_size < 1:
+            raise ValueError(f"--vocab-size {vocab_size}: must be at least 1")
         vocab = vocab_size or 1 + max(int(array.max()) for array in arrays)
         cuts = [round(len(array) * (1 - HELD_OUT)) for array in arrays]
         train = [array[:cut] for array, cut in zip(arrays, cuts, strict=True)]
@@ -199,13 +201,17 @@ def _texts(file: Path) -> Iterator[str]:
     if file.suffix not in _JSONL:
         yield file.read_text(encoding="utf-8", errors="replace")
         return
-    with file.open(encoding="utf-8") as lines:
+    # Bytes end lines at \n only; a decoder would fail somewhere in a block of lines.
+    with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            record = json.loads(line)
-            if "text" not in record:
-                raise ValueError(f'--data {file}: line {number} has no "text" key')
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"--data {file}: line {number} is not JSON: {error}") from None
+            if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+                raise ValueError(f'--data {file}: line {number} has no "text" key with a string')
             yield record["text"]
 
 
@@ -216,15 +222,23 @@ def _encode(texts: list[str], tokenizer: str | Path | None) -> tuple[np.ndarray,
         return np.frombuffer("".join(shuffled).encode(), dtype=np.uint8), BYTE_VOCAB
     from tokenizers import Tokenizer
 
-    encoder = Tokenizer.from_file(str(tokenizer))
+    if not Path(tokenizer).is_file():
+        raise ValueError(f"--tokenizer {tokenizer}: no such file: give a tokenizer.json")
+    try:
+        encoder = Tokenizer.from_file(str(tokenizer))
+    except Exception as error:  # the library raises no narrower type
+        raise ValueError(f"--tokenizer {tokenizer}: not a tokenizer.json of Hugging Face's: {error}") from None
     ids = [np.array(document.ids, dtype=np.uint32) for document in encoder.encode_batch(shuffled)]
     return np.concatenate(ids), encoder.get_vocab_size()
 
 
 def _token_array(file: Path, bin_dtype: str) -> np.ndarray:
-    if file.suffix in _RAW:
-        return np.memmap(file, dtype=bin_dtype, mode="r")
-    array = np.load(file, mmap_mode="r")
+    try:
+        if file.suffix in _RAW:
+            return np.memmap(file, dtype=bin_dtype, mode="r")
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"--data {file}: {error}") from None
     if array.ndim != 1 or array.dtype.kind not in "ui":
         raise ValueError(f"--data {file}: {array.dtype} of shape {array.shape}, not a 1-D array of token numbers")
     return array

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,13 @@ def describe_machine(command: str | None = None) -> dict[str, Any]:
     }
 
 
-def describe_run(world: World) -> dict[str, Any]:
-    """`describe_machine` of this rank, with the commit, and the ranks by host name; collective over the world."""
-    hosts = Counter(world.gather(socket.gethostname()))
-    return {**describe_machine(), "commit": _commit() if world.main else None, "ranks_by_host": dict(hosts)}
+def describe_run(world: World, hosts: Sequence[str]) -> dict[str, Any]:
+    """`describe_machine` of this rank, with the commit on rank 0, and the number of ranks by host name.
+
+    Args:
+        world: all ranks. hosts: of every rank.
+    """
+    return {**describe_machine(), "commit": commit() if world.main else None, "ranks_by_host": dict(Counter(hosts))}
 
 
 def _module() -> str:
@@ -60,7 +63,7 @@ def _module() -> str:
     return spec.name if spec is not None else sys.argv[0]
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that this code is checked out at, with "-dirty" where files differ from it; None elsewhere."""
     folder = Path(__file__).parent
     answers = []

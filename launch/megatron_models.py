@@ -28,6 +28,7 @@ except ImportError:
     TRANSFORMER_ENGINE = False
 
 _LATENT_EPS = 1e-6  # of the norm of MLA's latent, which the published models leave at this whatever the others have
+_LLAMA3 = (8192, 1.0, 4.0)  # length before, low and high factor: fixed in Megatron
 _VOCAB_MULTIPLE = 128  # rows of the embedding, so that any TP size divides them and checkpoints fit all
 
 
@@ -86,10 +87,11 @@ def _sizes(args: argparse.Namespace) -> DenseConfig | MoonlightConfig:
 
 
 def _moonlight(sizes: MoonlightConfig, args: argparse.Namespace) -> dict[str, Any]:
-    """Latent attention without query compression, sigmoid routing balanced by biases, shared experts."""
+    """Latent attention, sigmoid routing balanced by biases, shared experts."""
     return {
         "multi_latent_attention": True,
-        "q_lora_rank": None,
+        "q_lora_rank": sizes.q_lora_rank or None,
+        **_groups(sizes),
         "kv_lora_rank": sizes.kv_lora_rank,
         "qk_head_dim": sizes.qk_nope_head_dim,
         "qk_pos_emb_head_dim": sizes.qk_rope_head_dim,
@@ -109,6 +111,31 @@ def _moonlight(sizes: MoonlightConfig, args: argparse.Namespace) -> dict[str, An
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": TRANSFORMER_ENGINE,
     }
+
+
+def _groups(sizes: MoonlightConfig) -> dict[str, Any]:
+    """Megatron's options for a router that chooses groups of experts first."""
+    if sizes.n_group == 1:
+        return {}
+    return {"moe_router_num_groups": sizes.n_group, "moe_router_group_topk": sizes.topk_group}
+
+
+def _rope_scaling(sizes: DenseConfig | MoonlightConfig) -> dict[str, Any]:
+    """Megatron's options for a model that was stretched to longer sequences.
+
+    Raises:
+        ValueError: Megatron has no such scaling.
+    """
+    scaling = sizes.rope_scaling
+    if scaling is None:
+        return {}
+    given = (scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor)
+    if isinstance(sizes, MoonlightConfig) or scaling.rope_type != "llama3" or given != _LLAMA3:
+        raise ValueError(
+            f"--init-from: Megatron's modules cannot scale positions as {scaling.rope_type!r} of this checkpoint; "
+            "the plain and DeepSpeed trainers can"
+        )
+    return {"rope_scaling": True, "rope_scaling_factor": scaling.factor}
 
 
 def build_chunks(args: argparse.Namespace, config: TransformerConfig, vocab_size: int) -> list[nn.Module]:
@@ -151,15 +178,22 @@ def _gpt(args: argparse.Namespace, config: TransformerConfig, vocab_size: int, s
         share_embeddings_and_output_weights=sizes.tie_word_embeddings,
         position_embedding_type="rope",
         rotary_base=round(sizes.rope_theta),
+        **_rope_scaling(sizes),
         vp_stage=stage,
     )
     if config.multi_latent_attention:
         for layer in model.decoder.layers:
-            # Megatron's "qk_layernorm" would norm the query as well, which is not compressed here.
-            norm = nn.RMSNorm(config.kv_lora_rank, eps=_LATENT_EPS, dtype=config.params_dtype)
-            norm.weight.sequence_parallel = config.sequence_parallel
-            layer.self_attention.kv_layernorm = norm
+            # Megatron's "qk_layernorm" would norm a query that is not compressed, too.
+            layer.self_attention.kv_layernorm = _latent_norm(config, config.kv_lora_rank)
+            if config.q_lora_rank is not None:
+                layer.self_attention.q_layernorm = _latent_norm(config, config.q_lora_rank)
     return model
+
+
+def _latent_norm(config: TransformerConfig, size: int) -> nn.RMSNorm:
+    norm = nn.RMSNorm(size, eps=_LATENT_EPS, dtype=config.params_dtype)
+    norm.weight.sequence_parallel = config.sequence_parallel
+    return norm
 
 
 def _wrap(

@@ -24,6 +24,11 @@ _LAYER = {
     r"self_attention\.linear_qkv\.weight": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     r"self_attention\.linear_proj\.weight": ("self_attn.o_proj",),
     r"self_attention\.linear_q_proj\.weight": ("self_attn.q_proj",),
+    r"self_attention\.linear_q_down_proj\.weight": ("self_attn.q_a_proj",),
+    r"self_attention\.q_layernorm\.weight|self_attention\.linear_q_up_proj\.layer_norm_weight": (
+        "self_attn.q_a_layernorm",
+    ),
+    r"self_attention\.linear_q_up_proj\.weight": ("self_attn.q_b_proj",),
     r"self_attention\.linear_kv_down_proj\.weight": ("self_attn.kv_a_proj_with_mqa",),
     r"self_attention\.kv_layernorm\.weight": ("self_attn.kv_a_layernorm",),
     r"self_attention\.linear_kv_up_proj\.weight": ("self_attn.kv_b_proj",),
@@ -103,7 +108,7 @@ def _parts(name: str, numbers: Mapping[str, int], config: TransformerConfig, wei
     parts = [weights[f"{plain}{source}.weight"] for source in sources]
     if leaf.endswith("linear_qkv.weight"):
         return [_interleave(parts, config.num_query_groups)]
-    if leaf.endswith("linear_q_proj.weight"):
+    if leaf.endswith(("linear_q_proj.weight", "linear_q_up_proj.weight")):
         return [_rotary_order(parts[0], config.num_attention_heads, config.qk_pos_emb_head_dim)]
     if leaf.endswith("linear_kv_down_proj.weight"):
         return [_rotary_order(parts[0], 1, config.qk_pos_emb_head_dim)]

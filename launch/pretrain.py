@@ -9,19 +9,18 @@ The last line on stdout is a JSON object with the results.
 from __future__ import annotations
 
 import argparse
-import time
+from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from distributed_muon import DistributedMuon, checkpoint, muon_param_groups
 from launch import arguments
-from launch.loop import train
-from launch.models import CausalLM, huggingface, update_expert_bias
-from launch.run_dir import RunDirectory
+from launch.job import run_job
+from launch.models import CausalLM, update_expert_bias
 from launch.schedule import cosine_schedule
-from launch.validation import validation_loss
-from launch.world import StopRequest, World, open_world
+from launch.trainer import Trainer
+from launch.world import World
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -65,30 +64,18 @@ def make_optimizer(args: argparse.Namespace, model: CausalLM) -> DistributedMuon
     return optimizer
 
 
-class Trainer:
-    """A run of `launch.loop.train` in plain PyTorch.
-
-    Args:
-        args: from `parse_arguments`.
-        world: the data-parallel ranks.
-
-    Raises:
-        ValueError: an option that cannot be right; the message names it.
-    """
+class PlainTrainer(Trainer):
+    """A run of `launch.loop.train` in plain PyTorch."""
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
-        self.args, self.world = args, world
+        super().__init__(args, world)
         self.kind = self.title = args.optimizer
-        self.run = RunDirectory(args.run_dir, world, args.keep_checkpoints)
-        begin = self.run.start(args.resume)
-        self.data = arguments.make_data(args)
         self.model = arguments.make_model(args, self.data.vocab_size, world.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = make_optimizer(args, self.model)
-        self.samples_per_step = world.size * args.accumulation * args.batch_size
-        self.done = 0
-        if begin is not None:
-            extra = checkpoint.load(begin, self.model, self.optimizer)
+        self._seconds: Counter[str] = Counter()
+        if self.begin is not None:
+            extra = checkpoint.load(self.begin, self.model, self.optimizer)
             self.done = extra["step"]
             if world.main and extra["samples_per_step"] != self.samples_per_step:
                 print(
@@ -97,54 +84,39 @@ class Trainer:
                 )
         self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
 
-    def train_step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
-        """One optimizer step, as `launch.loop.Trainer` has it; collective.
+    def forward_backward(self) -> tuple[float, float]:
+        """The last microbatch's backward reduces the gradients."""
+        total, count = 0.0, self.args.accumulation
+        for number, (tokens, targets) in enumerate(self.microbatches(), 1):
+            with nullcontext() if number == count else self.optimizer.no_sync():
+                loss = self.model(tokens, targets)
+                (loss / count).backward()
+            total += loss.item()
+        return total, count
+
+    def update(self) -> dict[str, float]:
+        """Clip, step, and balance the experts.
 
         Raises:
             FloatingPointError: a gradient is not finite; no parameter has been changed.
         """
-        args, world = self.args, self.world
-        local_loss = 0.0
-        for microbatch in range(args.accumulation):
-            tokens, targets = self.data.batch(
-                self.done,
-                microbatch,
-                world.rank,
-                world.size,
-                size=args.batch_size,
-                accumulation=args.accumulation,
-            )
-            last = microbatch == args.accumulation - 1
-            with nullcontext() if last else self.optimizer.no_sync():
-                loss = self.model(*world.to_device(tokens, targets)) / args.accumulation
-                loss.backward()
-            local_loss += loss.item()
-        loss_sum, stopping = world.sum(local_loss, stop.requested)
-        backward_done = time.perf_counter()
-        lr = self.schedule.get_last_lr()[0]
-        norm = float(self.optimizer.clip_grad_norm_(args.clip))
+        metrics = {"lr": self.schedule.get_last_lr()[0]}
+        metrics["grad_norm"] = float(self.optimizer.clip_grad_norm_(self.args.clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        world.synchronize()
-        optimizer_done = time.perf_counter()
+        self._seconds.update(self.optimizer.local_report()["seconds"])
         self.schedule.step()
-        balance = update_expert_bias(self.model, args.expert_bias_rate)
-        self.done += 1
-        metrics = {
-            "loss": loss_sum / world.size,
-            "lr": lr,
-            "grad_norm": norm,
-            "optimizer_seconds": optimizer_done - backward_done,
-        }
-        if world.size > 1:
-            metrics["exposed_seconds"] = exposed_seconds(self.optimizer)
+        balance = update_expert_bias(self.model, self.args.expert_bias_rate)
         if balance is not None:
             metrics["expert_load_max_over_mean"] = balance
-        return metrics, stopping > 0
+        if self.world.size > 1:
+            metrics["exposed_seconds"] = exposed_seconds(self.optimizer)
+        return metrics
 
-    def validate(self) -> float:
-        """Validation loss now; collective."""
-        return validation_loss(self.model, self.data, self.world, self.args.validation_samples, self.args.batch_size)
+    def optimizer_seconds(self) -> dict[str, float]:
+        """Its phases, of which it only reports the last step's."""
+        taken, self._seconds = dict(self._seconds), Counter()
+        return taken
 
     def save(self) -> None:
         """Checkpoint now, unless it is there; collective."""
@@ -154,9 +126,7 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face checkpoint; collective."""
         self.optimizer.wait_params()
-        if self.world.main:
-            huggingface.save(self.model, folder)
-        self.world.barrier()
+        super().export(folder)
 
     def explain(self) -> str:
         """Homes and waves of the matrices."""
@@ -174,9 +144,7 @@ def exposed_seconds(optimizer: DistributedMuon) -> float:
 
 def main() -> None:
     """Entry point."""
-    args = parse_arguments()
-    with open_world(args.device) as world:
-        train(Trainer, args, world)
+    run_job(PlainTrainer, parse_arguments)
 
 
 if __name__ == "__main__":

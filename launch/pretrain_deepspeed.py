@@ -12,20 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from distributed_muon.integrations.deepspeed import CONFIG_BLOCK, optimizer_from_config
 from launch import arguments
-from launch.loop import train
-from launch.models import huggingface, update_expert_bias
-from launch.run_dir import RunDirectory
+from launch.job import run_job
+from launch.models import update_expert_bias
 from launch.schedule import cosine_schedule
-from launch.validation import validation_loss
-from launch.world import StopRequest, World, leave, open_world
+from launch.trainer import Trainer
+from launch.world import World, leave
 
 CONFIG = Path(__file__).parent / "configs" / "deepspeed_zero1.json"
 
@@ -36,7 +32,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--deepspeed-config", type=Path, default=CONFIG, metavar="FILE", help="DeepSpeed's JSON")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment is used")
     args = arguments.parse(parser, words)
-    args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{Trainer.kind}"
+    args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{DeepSpeedTrainer.kind}"
     try:
         args.deepspeed = deepspeed_config(args)
     except (OSError, ValueError) as error:
@@ -60,15 +56,8 @@ def deepspeed_config(args: argparse.Namespace) -> dict[str, Any]:
     return {**config, **flags, CONFIG_BLOCK: block}
 
 
-class Trainer:
-    """A run of `launch.loop.train` under DeepSpeed.
-
-    Args:
-        args: from `parse_arguments`. world: the data-parallel ranks.
-
-    Raises:
-        ValueError: an option that cannot be right; the message names it.
-    """
+class DeepSpeedTrainer(Trainer):
+    """A run of `launch.loop.train` under DeepSpeed."""
 
     kind = "deepspeed"
 
@@ -77,12 +66,9 @@ class Trainer:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
         import deepspeed
 
-        self.args, self.world = args, world
-        self.run = RunDirectory(args.run_dir, world, args.keep_checkpoints)
-        self.data = arguments.make_data(args)
+        super().__init__(args, world)
         self.model = arguments.make_model(args, self.data.vocab_size, world.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        self.samples_per_step = world.size * args.accumulation * args.batch_size
         self.optimizer = optimizer_from_config(self.model, args.deepspeed)
         schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr)
         deepspeed.init_distributed(verbose=False)
@@ -93,70 +79,50 @@ class Trainer:
         for name, buffer in self.model.named_buffers():
             buffer.data = buffers[name]  # DeepSpeed casts rotary tables and router biases, too
         self.title = f"DeepSpeed ZeRO {self.engine.zero_optimization_stage()}"
-        self.done = 0
-        if args.resume:
+        if self.begin is not None:
             try:
-                path, client = self.engine.load_checkpoint(self._checkpoints)
+                _, client = self.engine.load_checkpoint(str(self.begin.parent), self.begin.name)
             except deepspeed.runtime.zero.utils.ZeRORuntimeException as error:
                 raise ValueError(
                     f"--resume: {error} Convert the checkpoint with python -m deepspeed.checkpoint.ds_to_universal "
                     '--inject_missing_state, and load it with "checkpoint": {"load_universal": true} in the config'
                 ) from error
-            if path is None and args.resume == "always":
-                raise ValueError(f"--resume: no checkpoint in {self._checkpoints}: start without --resume")
-            self.done = client["step"] if path is not None else 0
-        elif self.run.checkpoints():
-            raise ValueError(f"--run-dir {args.run_dir} holds checkpoints: add --resume, or name another")
+            self.done = client["step"]
 
-    @property
-    def _checkpoints(self) -> str:
-        return str(self.args.run_dir / "checkpoints")
-
-    def _batch(self, microbatch: int) -> list[Tensor]:
-        args, world = self.args, self.world
-        counts = {"size": args.batch_size, "accumulation": args.accumulation}
-        return world.to_device(*self.data.batch(self.done, microbatch, world.rank, world.size, **counts))
-
-    def train_step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
-        """One optimizer step, as `launch.loop.Trainer` has it; collective."""
-        args, world = self.args, self.world
-        lr = self.engine.get_lr()[0]
-        local_loss = optimizer_seconds = 0.0
-        for microbatch in range(args.accumulation):
-            loss = self.engine(*self._batch(microbatch))
+    def forward_backward(self) -> tuple[float, float]:
+        """DeepSpeed counts microbatches in `step`, and reduces where its config says."""
+        total = 0.0
+        for number, batch in enumerate(self.microbatches()):
+            if number:
+                self.engine.step()  # not the last of the step: nothing but counting
+            loss = self.engine(*batch)
             self.engine.backward(loss)
-            local_loss += loss.item() / args.accumulation
-            backward_done = time.perf_counter()
-            self.engine.step()  # DeepSpeed knows which microbatch is the last one
-            world.synchronize()
-            optimizer_seconds += time.perf_counter() - backward_done
-        loss_sum, stopping = world.sum(local_loss, stop.requested)
-        balance = update_expert_bias(self.model, args.expert_bias_rate)
-        self.done += 1
-        metrics = {
-            "loss": loss_sum / world.size,
-            "lr": lr,
-            "grad_norm": float(self.engine.get_global_grad_norm()),
-            "optimizer_seconds": optimizer_seconds,
-        }
-        if balance is not None:
-            metrics["expert_load_max_over_mean"] = balance
-        return metrics, stopping > 0
+            total += loss.item()
+        return total, self.args.accumulation
 
-    def validate(self) -> float:
-        """Validation loss now; collective."""
-        return validation_loss(self.model, self.data, self.world, self.args.validation_samples, self.args.batch_size)
+    def update(self) -> dict[str, float]:
+        """The step after the last microbatch, and the balance of the experts."""
+        metrics = {"lr": self.engine.get_lr()[0]}
+        self.engine.step()
+        metrics["grad_norm"] = float(self.engine.get_global_grad_norm())
+        balance = update_expert_bias(self.model, self.args.expert_bias_rate)
+        return metrics if balance is None else metrics | {"expert_load_max_over_mean": balance}
+
+    def optimizer_seconds(self) -> dict[str, float]:
+        """Of the inner optimizer; DeepSpeed's own collectives are not among them."""
+        return self.optimizer.step_report().get("seconds", {})
 
     def save(self) -> None:
-        """DeepSpeed's checkpoint now, and older ones deleted; collective."""
-        self.engine.save_checkpoint(self._checkpoints, f"step-{self.done:08d}", client_state={"step": self.done})
-        self.run.prune()
+        """DeepSpeed's checkpoint now, unless it is there; collective."""
 
-    def export(self, folder: Path) -> None:
-        """The model as a Hugging Face checkpoint; collective."""
-        if self.world.main:
-            huggingface.save(self.model, folder)
-        self.world.barrier()
+        def write(path: Path) -> None:
+            self.engine.save_checkpoint(
+                str(path.parent), path.name, client_state={"step": self.done}, save_latest=False
+            )
+
+        self.run.save(self.done, self.run.complete(write))
+        if self.world.main:  # what DeepSpeed's converters read
+            (self.run.checkpoint(self.done).parent / "latest").write_text(self.run.checkpoint(self.done).name)
 
     def explain(self) -> str:
         """The plan of every Muon group, after the first step."""
@@ -169,9 +135,7 @@ class Trainer:
 
 def main() -> None:
     """Entry point."""
-    args = parse_arguments()
-    with open_world(args.device) as world:
-        train(Trainer, args, world)
+    run_job(DeepSpeedTrainer, parse_arguments)
     leave()
 
 

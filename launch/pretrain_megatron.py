@@ -9,8 +9,6 @@ on stdout is a JSON object with the results.
 from __future__ import annotations
 
 import argparse
-import shutil
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,13 +24,13 @@ from torch import Tensor, nn
 
 from distributed_muon.integrations.megatron import get_distributed_muon_optimizer
 from launch import arguments
-from launch.loop import train
+from launch.job import run_job
 from launch.megatron_models import TRANSFORMER_ENGINE, build_chunks, transformer_config
-from launch.run_dir import RunDirectory
 from launch.schedule import warmup_cosine
-from launch.world import StopRequest, World, open_world
+from launch.trainer import Trainer
+from launch.world import World
 
-Batch = tuple[Tensor, Tensor]
+Batch = list[Tensor]
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
@@ -54,37 +52,22 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parallel.add_argument("--bucket-mb", type=float, help="MiB of fp32 gradient per bucket, with --overlap")
     parallel.add_argument("--aligned", action="store_true", help="shard-aligned buffers (megatron-core 0.19 on)")
     arguments.add_muon_flags(parser).add_argument(
-        "--strategy", choices=("auto", "home", "gather"), default="home", help="where matrices are orthogonalized"
+        "--strategy", choices=("auto", "home", "gather"), default="auto", help="where matrices are orthogonalized"
     )
     args = arguments.parse(parser, words)
-    args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{Trainer.kind}"
+    args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{MegatronTrainer.kind}"
     return args
 
 
-class Trainer:
-    """A run of `launch.loop.train` under Megatron-core.
-
-    Args:
-        args: from `parse_arguments`. world: all ranks of the job.
-
-    Raises:
-        ValueError: an option that cannot be right; the message names it.
-    """
+class MegatronTrainer(Trainer):
+    """A run of `launch.loop.train` under Megatron-core."""
 
     kind = "megatron"
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
-        if world.size % (args.tp * args.pp):
-            raise ValueError(f"{world.size} ranks are not a multiple of --tp {args.tp} x --pp {args.pp}")
-        if args.save_hf is not None:
-            raise ValueError("--save-hf: Megatron's modules are not written so; the plain and DeepSpeed trainers can")
-        if args.init_from is not None and args.init != "plain":
-            raise ValueError(f"--init {args.init} with --init-from: the checkpoint is loaded with --init plain")
-        self.args, self.world = args, world
+        _check_arguments(args, world)
+        super().__init__(args, world)
         self.title = f"TP {args.tp} x PP {args.pp} x EP {args.ep}"
-        self.run = RunDirectory(args.run_dir, world, args.keep_checkpoints)
-        begin = self.run.start(args.resume)
-        self.data = arguments.make_data(args)
         self.config = transformer_config(args)
         if world.main and self.config.multi_latent_attention and args.tp > 1 and not TRANSFORMER_ENGINE:
             # Its gather of the projection's parts has a backward that does not sum over the ranks' heads.
@@ -121,26 +104,14 @@ class Trainer:
         if args.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self.done = 0
-        if begin is not None:
-            self._load(begin)
+        if self.begin is not None:
+            self._load(self.begin)
 
     @property
     def parameters(self) -> int:
         """Parameters of the model, tensor-parallel and tied copies counted once; collective."""
-        counted = sum(s.master.numel() for s in self.optimizer.chained_optimizers[0].shards if not s.master.shared)
+        counted = sum(p.master.numel() for p in self.optimizer.chained_optimizers[0].owned if not p.master.shared)
         return int(self.world.sum(counted)[0])
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples of all data-parallel ranks and microbatches."""
-        return self.data_size * self.args.accumulation * self.args.batch_size
-
-    def _microbatches(self) -> Iterator[Batch]:
-        args = self.args
-        for microbatch in range(args.accumulation):
-            place = (self.done, microbatch, self.data_rank, self.data_size)
-            yield self.data.batch(*place, size=args.batch_size, accumulation=args.accumulation)
 
     def _run(self, batches: Callable[[], Iterator[Batch]], count: int, forward_only: bool) -> tuple[float, float]:
         """Forward (and backward) over `count` microbatches; (sum of their losses, their number) of this rank."""
@@ -157,7 +128,7 @@ class Trainer:
         return sum(float(report["loss"]) for report in reports or []), len(reports or [])
 
     def _forward(self, batches: Iterator[Batch], model: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        tokens, targets = self.world.to_device(*next(batches))
+        tokens, targets = next(batches)
         length = self.args.sequence_length
         positions = torch.arange(length, device=tokens.device).expand(len(tokens), -1)
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=tokens.device).triu(1)
@@ -168,32 +139,31 @@ class Trainer:
 
         return model(tokens, positions, mask, labels=targets), mean
 
-    def train_step(self, stop: StopRequest) -> tuple[dict[str, float], bool]:
-        """One optimizer step, as `launch.loop.Trainer` has it; collective."""
-        args = self.args
+    def forward_backward(self) -> tuple[float, float]:
+        """Megatron's schedule over the microbatches; losses are on the last pipeline stage only."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        local = self._run(self._microbatches, args.accumulation, forward_only=False)
-        loss, count, stopping = self.world.sum(*local, stop.requested)
-        backward_done = time.perf_counter()
+        return self._run(self.microbatches, self.args.accumulation, forward_only=False)
+
+    def update(self) -> dict[str, float]:
+        """The optimizer step at the schedule's learning rate."""
+        args = self.args
         lr = args.lr * warmup_cosine(self.done, args.steps, args.warmup, args.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         success, norm, _ = self.optimizer.step()
-        self.world.synchronize()
-        self.done += 1
-        metrics = {"loss": loss / count, "lr": lr, "skipped": float(not success)}
-        metrics["optimizer_seconds"] = time.perf_counter() - backward_done
-        return metrics | ({"grad_norm": norm} if success else {}), stopping > 0
+        return {"lr": lr, "skipped": float(not success)} | ({"grad_norm": norm} if success else {})
+
+    def optimizer_seconds(self) -> dict[str, float]:
+        """Of the Muon domains and AdamW; Megatron's own collectives are not among them."""
+        return self.optimizer.chained_optimizers[0].step_report()["seconds"]
 
     def validate(self) -> float:
         """Validation loss now, over as many whole microbatches as the held-out samples fill; collective."""
         args = self.args
-        batches = list(
-            self.data.validation_batches(args.validation_samples, self.data_rank, self.data_size, args.batch_size)
-        )
-        whole = [batch for batch in batches if len(batch[0]) == args.batch_size]
+        batches = self.data.validation_batches(args.validation_samples, self.data_rank, self.data_size, args.batch_size)
+        whole = [self.world.to_device(*batch) for batch in batches if len(batch[0]) == args.batch_size]
         counts = torch.tensor([len(whole)], device=self.world.device)
         dist.all_reduce(counts, op=dist.ReduceOp.MIN)
         count = int(counts) - (int(counts) % args.pp if args.vpp else 0)  # the interleaved schedule wants a multiple
@@ -223,20 +193,15 @@ class Trainer:
         """Checkpoint now, unless it is there; collective."""
 
         def write(path: Path) -> None:
-            unfinished = path.with_name(path.name + ".unfinished")
             if self.world.main:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir(parents=True)
+                path.mkdir(parents=True)
             self.world.barrier()
             for chunk in self.chunks:
                 if self.args.overlap:
                     chunk.start_param_sync(force_sync=True)
-            dist_checkpointing.save(self._state(is_loading=False), str(unfinished))
-            if self.world.main:
-                unfinished.rename(path)
-            self.world.barrier()
+            dist_checkpointing.save(self._state(is_loading=False), str(path))
 
-        self.run.save(self.done, write)
+        self.run.save(self.done, self.run.complete(write))
 
     def _load(self, path: Path) -> None:
         state = dist_checkpointing.load(self._state(is_loading=True), str(path))
@@ -257,11 +222,22 @@ class Trainer:
         return {"parallelism": {"tp": args.tp, "pp": args.pp, "ep": args.ep, "dp": self.data_size}}
 
 
+def _check_arguments(args: argparse.Namespace, world: World) -> None:
+    """Raises a ValueError for flags that cannot be together."""
+    for name in ("tp", "pp", "ep"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    if world.size % (args.tp * args.pp):
+        raise ValueError(f"{world.size} ranks are not a multiple of --tp {args.tp} x --pp {args.pp}")
+    if args.save_hf is not None:
+        raise ValueError("--save-hf: Megatron's modules are not written so; the plain and DeepSpeed trainers can")
+    if args.init_from is not None and args.init != "plain":
+        raise ValueError(f"--init {args.init} with --init-from: the checkpoint is loaded with --init plain")
+
+
 def main() -> None:
     """Entry point."""
-    args = parse_arguments()
-    with open_world(args.device) as world:
-        train(Trainer, args, world)
+    run_job(MegatronTrainer, parse_arguments)
 
 
 if __name__ == "__main__":

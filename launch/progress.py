@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 _WIDE = 80  # columns of a terminal that also has room for learning rate, gradient norm and seconds
+_WIDEST = 110  # that has room for TFLOP/s and MFU, too
 
 
 class Silent:
@@ -46,7 +47,9 @@ class Lines(Silent):
         if step % self._interval and step != self._steps:
             return
         words = [f"{name} {metrics[name]:.4g}" for name in ("loss", "lr", "grad_norm", "seconds") if name in metrics]
-        self.note(" ".join([f"step {step}/{self._steps}", *words, *map(" ".join, _rates(metrics))]))
+        self.note(
+            " ".join([f"step {step}/{self._steps}", *words, *map(" ".join, _rates(metrics) + _efficiency(metrics))])
+        )
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -103,6 +106,8 @@ class LiveTable(Silent):
             cells += [("lr", _number(values, "lr", ".2e")), ("grad norm", _number(values, "grad_norm", ".3f"))]
             cells += [("s/step", _number(values, "seconds", ".3g"))]
         cells += _rates(values) or [("tokens/s", "-"), ("optimizer", "-")]
+        if self._console.width >= _WIDEST:
+            cells += _efficiency(values)
         table = Table(*(name for name, _ in cells), expand=True, box=None, pad_edge=False)
         for column in table.columns:
             column.justify, column.no_wrap, column.ratio = "right", True, 1
@@ -138,3 +143,9 @@ def _rates(values: Mapping[str, float]) -> list[tuple[str, str]]:
     if "exposed_seconds" in values:
         out.append(("exposed", f"{values['exposed_seconds'] / values['seconds']:.1%}"))
     return out
+
+
+def _efficiency(values: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Name and text of the model's FLOPs per second and device, and of their share of the device's peak."""
+    out = [("TFLOP/s", f"{values['tflops']:.3g}")] if "tflops" in values else []
+    return out + ([("MFU", f"{values['mfu']:.1%}")] if "mfu" in values else [])

@@ -29,6 +29,10 @@ class RunDirectory:
         found = (self.path / "checkpoints").glob("step-*[0-9]")
         return sorted((int(path.name.removeprefix("step-")), path) for path in found)
 
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, or will be."""
+        return self.path / "checkpoints" / f"step-{step:08d}"
+
     def start(self, resume: str | None) -> Path | None:
         """The checkpoint to start from, or None to start anew.
 
@@ -62,12 +66,28 @@ class RunDirectory:
             step: steps done.
             write: writes a checkpoint that appears under the given path only when complete; collective.
         """
-        path = self.path / "checkpoints" / f"step-{step:08d}"
+        path = self.checkpoint(step)
         if not path.exists():
             write(path)
-        self.prune()
+        self._prune()
 
-    def prune(self) -> None:
+    def complete(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
+        """Make `write`, which leaves half a folder when it is killed, one whose folder appears only when complete."""
+
+        def write_complete(path: Path) -> None:
+            unfinished = path.with_name(path.name + ".unfinished")
+            if self._world.main:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            self._world.barrier()
+            write(unfinished)
+            self._world.barrier()
+            if self._world.main:
+                unfinished.rename(path)
+            self._world.barrier()
+
+        return write_complete
+
+    def _prune(self) -> None:
         """Delete all but the newest checkpoints; collective."""
         if self._world.main:
             for _, old in self.checkpoints()[: -self._keep]:

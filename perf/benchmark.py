@@ -20,8 +20,8 @@ from launch.environment import describe_machine
 from launch.metrics import read_metrics
 from launch.run_dir import METRICS, SETTINGS
 from launch.world import open_world
-from perf import report
 from perf.check import check, print_checks
+from perf.report.assemble import build, load
 
 WARM_UP = 2  # steps of a Megatron run that are not counted
 
@@ -101,7 +101,7 @@ def main() -> None:
             result = merge(args.out / "points")
             (args.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
             print_result(result)
-            (args.out / "report.html").write_text(report.build(report.load(args.out)), encoding="utf-8")
+            (args.out / "report.html").write_text(build(load(args.out)), encoding="utf-8")
         except ValueError as error:
             raise SystemExit(f"error: {error}") from None
         print(f"wrote {args.out / 'benchmark.json'} and {args.out / 'report.html'}")

@@ -32,6 +32,13 @@ COLLECTIVES = {
     "all_gather": ("all_gather",),
 }
 PHASES = {"newton_schulz": ("newton_schulz",), "elementwise": ("momentum", "update", "adamw", "scatter_pack")}
+PARTS = (*PHASES, *COLLECTIVES, "delayed")
+MOST_OFF = 0.25  # of a measured step, for a prediction to be called right
+
+
+def within(row: Mapping[str, Any]) -> bool:
+    """Whether a row of `check` predicts the step and its parts, so that errors do not cancel."""
+    return abs(row["ratio"] - 1) <= MOST_OFF and row["off"] <= MOST_OFF
 
 
 def check(fitted: Mapping[str, Any], measured: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -42,10 +49,11 @@ def check(fitted: Mapping[str, Any], measured: Mapping[str, Any]) -> list[dict[s
 
     Returns:
         Per contender "name", "predicted_seconds" and "measured_seconds" of a step, "ratio" of the two,
-        "forward_backward_seconds", "parts": per part of `Prediction.exposed` its predicted and measured seconds, and
-        "rest_seconds" of the measured step. Measured are a collective's exposed seconds on the rank that waited least,
-        and rank 0's phases; the rest is what computation was delayed by collectives beside it (which the prediction
-        counts to the collective), late ranks, and the host's own work.
+        "forward_backward_seconds", "parts": per part of `Prediction.exposed` its predicted and measured seconds,
+        "worst": the part furthest off, and "off": the sum of the parts' distances over the measured step, which tells a
+        right prediction from errors that cancel. Measured are a collective's exposed seconds on the rank that waited
+        least, and rank 0's phases; "delayed" is what is left of the measured step: computation delayed by collectives
+        beside it, late ranks, and the host's own work.
 
     Raises:
         ValueError: the two do not belong together, or the plan is not the measured one.
@@ -92,31 +100,39 @@ def compare(prediction: Prediction, contender: Mapping[str, Any]) -> dict[str, A
         if part in COLLECTIVES:
             found = [collectives[label]["exposed_seconds_least"] for label in COLLECTIVES[part] if label in collectives]
         else:
-            found = [phases.get(phase, 0.0) for phase in PHASES[part]]
+            found = [phases.get(phase, 0.0) for phase in PHASES.get(part, ())]
         parts[part] = {"predicted": seconds, "measured": sum(found)}
-    predicted = prediction.forward_backward + prediction.optimizer_seconds
+    measured = contender["step_seconds"]
     accounted = prediction.forward_backward + sum(part["measured"] for part in parts.values())
+    parts["delayed"]["measured"] = measured - accounted
+    distances = {name: abs(part["predicted"] - part["measured"]) for name, part in parts.items()}
+    predicted = prediction.forward_backward + prediction.optimizer_seconds
     return {
         "predicted_seconds": predicted,
-        "measured_seconds": contender["step_seconds"],
-        "ratio": predicted / contender["step_seconds"],
+        "measured_seconds": measured,
+        "ratio": predicted / measured,
         "forward_backward_seconds": prediction.forward_backward,
         "parts": parts,
-        "rest_seconds": contender["step_seconds"] - accounted,
+        "worst": max(distances, key=distances.__getitem__),
+        "off": sum(distances.values()) / measured,
     }
 
 
 def print_checks(rows: list[dict[str, Any]]) -> None:
     """The table of one run of perf.comm."""
-    parts = (*PHASES, *COLLECTIVES)
-    print(f"{'':8s} {'predicted':>10s} {'measured':>10s} {'ratio':>6s} {'fwd-bwd':>8s}   exposed ms, predicted / "
-          "measured: " + ", ".join(parts) + "; rest")  # fmt: skip
+    print(f"{'':8s} {'predicted':>10s} {'measured':>10s} {'ratio':>6s} {'off':>6s} {'fwd-bwd':>8s}   exposed ms, "
+          f"predicted / measured: {', '.join(PARTS)}")  # fmt: skip
     for row in rows:
         cells = [f"{p['predicted'] * 1e3:7.1f} /{p['measured'] * 1e3:7.1f}" if (p := row["parts"].get(part)) else
-                 f"{'-':>16s}" for part in parts]  # fmt: skip
+                 f"{'-':>16s}" for part in PARTS]  # fmt: skip
         print(f"{row['name']:8s} {row['predicted_seconds']:8.3f} s {row['measured_seconds']:8.3f} s "
-              f"{row['ratio']:6.2f} {row['forward_backward_seconds']:6.3f} s   {'  '.join(cells)}  "
-              f"{row['rest_seconds'] * 1e3:7.1f}")  # fmt: skip
+              f"{row['ratio']:6.2f} {row['off']:6.0%} {row['forward_backward_seconds']:6.3f} s   "
+              f"{'  '.join(cells)}")  # fmt: skip
+        if not within(row):
+            worst = row["parts"][row["worst"]]
+            print(f"  {row['name']} is not predicted within {MOST_OFF:.0%} of the step: furthest off is "
+                  f"{row['worst']}, {worst['predicted'] * 1e3:.1f} ms predicted and "
+                  f"{worst['measured'] * 1e3:.1f} measured")  # fmt: skip
 
 
 def _setup(settings: Mapping[str, Any], name: str) -> Setup:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -44,6 +43,7 @@ from launch.environment import describe_machine
 from launch.models import MODELS, CausalLM, build_model, cast_parameters
 from launch.world import World, open_world
 from perf.links import run_seconds, started_as, timed
+from perf.options import at_least_one, output_file, positive, write_json
 
 # What `step_report()["communication"]` calls each collective, and what this page does.
 LABELS = {
@@ -81,7 +81,7 @@ class Recorder:
         self._device = device
         self.calls: list[Call] = []
         self._wrap(optimizer.collectives)
-        for team in optimizer._muon.teams.values():
+        for team in optimizer._engine.teams.values():
             self._wrap(team, "team")
 
     def _wrap(self, observed: Collectives, label: str | None = None) -> None:
@@ -129,8 +129,8 @@ def predicted_bytes(optimizer: DistributedMuon) -> dict[str, int]:
     for wave in plan.schedule(rank):
         out["to_homes"] += sum(wave.gather.send_counts) * wire
         out["from_homes"] += sum(wave.scatter.send_counts) * wire
-    # One fp64 norm and one presence flag per tensor; a flag per bucket, and two for wrong use.
-    agreed = 8 * (2 * len(plan.layout.tensors) + len(optimizer._buckets) + 2)
+    # fp64: the norm, two of the options' hash, a flag per tensor and per bucket, and one for what cannot be followed.
+    agreed = 8 * (3 + len(plan.layout.tensors) + len(optimizer._buckets) + 1)
     out["all_reduce"] = 2 * (agreed * (size - 1) // size)
     out["team"] = plan.team_bytes_by_rank[rank]
     return dict(out)
@@ -317,16 +317,18 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="dense")
-    parser.add_argument("--hidden-size", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=4, help=f"samples of {SEQUENCE} tokens per rank")
+    parser.add_argument("--hidden-size", type=at_least_one, default=384)
+    parser.add_argument("--layers", type=at_least_one, default=4)
+    parser.add_argument("--batch-size", type=at_least_one, default=4, help=f"samples of {SEQUENCE} tokens per rank")
     parser.add_argument("--layout", choices=("auto", "flat", "bucketed", "aligned"), default="bucketed")
-    parser.add_argument("--bucket-mb", type=float, default=4.0, help="MiB of fp32 gradient per bucket")
+    parser.add_argument("--bucket-mb", type=positive, default=4.0, help="MiB of fp32 gradient per bucket")
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES, help="beside AdamW's")
-    parser.add_argument("--steps", type=int, default=3, help="of which the median counts")
+    parser.add_argument("--steps", type=at_least_one, default=3, help="of which the median counts")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--trace", type=Path, default=Path("runs/comm_trace.json.gz"), help="Chrome trace of one step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (rank 0)")
+    parser.add_argument(
+        "--trace", type=output_file, default=Path("runs/comm_trace.json.gz"), help="Chrome trace of one step"
+    )
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result here (rank 0)")
     return parser.parse_args(words)
 
 
@@ -351,12 +353,11 @@ def main() -> None:
         print("\ntraffic of all ranks over ZeRO-1 AdamW's: " +
               ", ".join(f"{name} {result['traffic_over_adamw']:.4f}" for name, result in results.items()))  # fmt: skip
         print(f"Chrome trace of a step of {args.strategies[0]}: {args.trace}")
-        if args.json:
-            settings = {key: value for key, value in vars(args).items() if key not in ("json", "trace")}
-            output = {"machine": describe_machine(started_as("perf.comm")), "world": world.size,
+        settings = {key: value for key, value in vars(args).items() if key not in ("json", "trace")}
+        output = {"machine": describe_machine(started_as("perf.comm")), "world": world.size,
                       "backend": dist.get_backend(), "device": world.device.type, "settings": settings,
                       "contenders": results}  # fmt: skip
-            args.json.write_text(json.dumps(output, indent=1) + "\n")
+        write_json(args.json, output)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,12 @@ orthogonalizes every matrix once in the standard form is faster.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,6 +30,7 @@ from torch import Tensor, nn
 from distributed_muon.integrations.deepspeed import PartitionedOptimizer
 from launch.environment import describe_machine
 from perf.links import matmul_flops
+from perf.options import at_least_one, output_file, write_json
 from perf.step import LAYER, newton_schulz_floor
 
 PEERS = {
@@ -188,12 +187,12 @@ def wire(config: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
-    parser.add_argument("--rounds", type=int, default=3, help="timed steps of each engine")
+    parser.add_argument("--layers", type=at_least_one, default=8, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
+    parser.add_argument("--rounds", type=at_least_one, default=3, help="timed steps of each engine")
     parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of ZeRO")
     parser.add_argument("--offload", action="store_true", help="offload_optimizer: masters and state on the host")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="who to compare with")
-    parser.add_argument("--json", type=Path, help="write the result here (rank 0), and a .txt of the same name")
+    parser.add_argument("--json", type=output_file, help="write the result here (rank 0), and a .txt of the same name")
     args = parser.parse_args()
     import deepspeed
 
@@ -237,7 +236,7 @@ def main() -> None:
         if args.json:
             result = {"machine": machine, "world": dist.get_world_size(), "pairs": pairs, "wire": wires,
                       "floor_seconds": floor}  # fmt: skip
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(args.json, result)
             args.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     dist.destroy_process_group()
 

@@ -12,7 +12,6 @@ gloo copies with the cores that compute it is about 1; on slow wires, or a GPU's
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -20,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +28,7 @@ from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.layout.cost_model import Hardware
 from launch.environment import describe_machine
 from launch.world import open_world
+from perf.options import at_least_one, output_file, write_json
 
 KINDS = ("reduce_scatter", "all_gather", "all_to_all")
 _MATMUL_SIDE = {"cpu": 1024, "cuda": 8192}
@@ -248,9 +247,9 @@ def measure_links(device: torch.device, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="repetitions, of which the mean counts")
+    parser.add_argument("--rounds", type=at_least_one, default=15, help="repetitions, of which the mean counts")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (rank 0)")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the result here (rank 0)")
     args = parser.parse_args()
     with open_world(args.device) as world:
         if world.size == 1:
@@ -265,8 +264,7 @@ def main() -> None:
             points = ", ".join(f"{sent / 1024:.0f} KiB {seconds * 1e3:.2f} ms" for sent, seconds in link["points"])
             alpha, rate = link["alpha_seconds"] * 1e6, link["bytes_per_second"] / 1e9
             print(f"{kind:16s} {alpha:7.0f} us {rate:7.3f} GB/s {link['delay']:6.0%}   {points}")
-        if args.json:
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -11,18 +11,17 @@ rank in a ring. First, with matched settings, the direction of every matrix's up
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from launch.environment import describe_machine
+from perf.options import at_least_one, output_file, write_json
 from perf.wire import WireCounter
 from tests.integrations import megatron_cpu
 from tests.integrations.megatron_job import Case, Job
@@ -152,10 +151,10 @@ def measure(rank: int, world: int, tp: int, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="also write the result there")
+    parser.add_argument("--ranks", type=at_least_one, default=4)
+    parser.add_argument("--tp", type=at_least_one, default=2)
+    parser.add_argument("--rounds", type=at_least_one, default=7)
+    parser.add_argument("--json", type=output_file, help="also write the result there")
     args = parser.parse_args()
     result = run_ranks(measure, args.ranks, args.tp, args.rounds, timeout=500)[0]
     result["machine"] = describe_machine(f"python -m perf.megatron_step --ranks {args.ranks} --tp {args.tp}")
@@ -173,8 +172,7 @@ def main() -> None:
             values += [max(row[key]) / 1e6, statistics.mean(row[key]) / 1e6]
         cells = zip(columns, values, strict=True)
         print(f"{name:38}" + "".join(f"{value:{max(10, len(column) + 2)}.4f}" for column, value in cells))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    write_json(args.json, result)
 
 
 if __name__ == "__main__":

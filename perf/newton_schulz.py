@@ -12,11 +12,9 @@ bf16 mode, on GPUs with its Triton kernel for symmetric products.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from distributed_muon.engine.coefficients import COEFFICIENTS
 from distributed_muon.engine.newton_schulz import orthogonalize
 from distributed_muon.layout.cost_model import choose_form, ns_flops
 from launch.environment import describe_machine
+from perf.options import at_least_one, output_file, write_json
 
 SHAPES = (
     (1024, 1024),
@@ -144,8 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--rounds", type=at_least_one, default=7)
+    parser.add_argument("--json", type=output_file, help="write the result here")
     args = parser.parse_args()
     machine = describe_machine()
     print(f"{machine['gpu'] if args.device == 'cuda' else machine['cpu']}, {machine['threads_per_rank']} thread(s), "
@@ -160,8 +159,7 @@ def main() -> None:
               + "   " + ", ".join(f"{name} {row['tflops'][name]:.3f} {share:.0%}"
                                   for name, share in row["share_of_matmul"].items())
               + f"; auto is {row['form']}")  # fmt: skip
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine, "rounds": args.rounds, "rows": rows}, indent=1))
+    write_json(args.json, {"machine": machine, "rounds": args.rounds, "rows": rows})
 
 
 if __name__ == "__main__":

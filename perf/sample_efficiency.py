@@ -290,7 +290,7 @@ def main() -> None:
                   "sweep": swept, "no_decay": no_decay, "original": original}  # fmt: skip
         args.json.write_text(json.dumps(result) + "\n")
     if args.plot:
-        from perf.figures_runs import loss_panels  # matplotlib, which the measurement does not need
+        from perf.report.sample_efficiency import loss_panels  # matplotlib, which the measurement does not need
 
         loss_panels(rows).savefig(args.plot, dpi=110)
 

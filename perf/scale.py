@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from perf import prediction
 from perf.check import check, print_checks
 from perf.cluster import MACHINES, Machine, fitted_machine
 from perf.fake_world import CASES, format_outcomes, run_case
+from perf.options import at_least_one, json_file, output_file, share, write_json
 from perf.prediction import predict
 from perf.workload import ACTIVE_EXPERTS, Setup, Training
 
@@ -105,26 +106,29 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def curves(training: Training, machine: Machine, ranks: tuple[int, ...]) -> Iterator[dict[str, Any]]:
-    """Predictions of every setup at every number of ranks that the parallel sizes divide."""
+def divided(training: Training, ranks: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The numbers of ranks that the parallel sizes divide, and the others."""
     group = training.tp * training.pp
+    fitting = [world for world in ranks if world % group == 0 and (world // training.pp) % training.ep == 0]
+    return fitting, [world for world in ranks if world not in fitting]
+
+
+def curves(training: Training, machine: Machine, ranks: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Predictions of every setup at every number of ranks."""
     for world in ranks:
-        if world % group or (world // training.pp) % training.ep:
-            continue
         for name, setup in SETUPS.items():
             result = predict(replace(training, ranks=world), setup, machine)
             yield {"setup": name, "ranks": world, **result.to_json()}
 
 
-def sensitivities(training: Training, machine: Machine) -> Iterator[dict[str, Any]]:
-    """The share at the headline ranks after each single change for the worse (or the better)."""
-    for name, change in CHANGES.items():
-        if name == "no expert parallelism" and training.ep == 1:
-            continue
-        shares = {}
-        for world in HEADLINE_RANKS:
-            shares[world] = predict(*change(replace(training, ranks=world), Setup(), machine)).share
-        yield {"change": name, "share": shares}
+def sensitivities(training: Training, machine: Machine, ranks: Sequence[int]) -> list[dict[str, Any]]:
+    """The share at some numbers of ranks after each single change for the worse (or the better)."""
+    changes = {name: change for name, change in CHANGES.items() if training.ep > 1 or name != "no expert parallelism"}
+    shares: dict[str, dict[int, float]] = {name: {} for name in changes}
+    for world in ranks:  # outermost: most changes leave the plan alone, and the last plans are kept
+        for name, change in changes.items():
+            shares[name][world] = predict(*change(replace(training, ranks=world), Setup(), machine)).share
+    return [{"change": name, "share": share} for name, share in shares.items()]
 
 
 def assumptions(training: Training, machine: Machine) -> dict[str, Any]:
@@ -143,25 +147,51 @@ def assumptions(training: Training, machine: Machine) -> dict[str, Any]:
     }
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    """The result of `main` as text."""
+def print_inputs(inputs: Mapping[str, Any]) -> None:
+    """Every input, what is assumed, and the head of the curves."""
     print("inputs:")
-    for key, value in result["assumptions"].items():
+    for key, value in inputs.items():
         print(f"  {key:34s} {value:,.6g}" if isinstance(value, float) else f"  {key:34s} {value}")
     print("\nassumed (perf/prediction.py):" + (prediction.__doc__ or "").split("What is assumed:")[1].rstrip())
     print(f"\n{'ranks':>6s} {'setup':26s} {'fwd-bwd':>9s} {'optimizer':>10s} {'share':>7s} {'comm alone':>11s} "
-          f"{'sent':>9s} {'memory':>9s} {'NS work':>8s}   exposed ms by part")  # fmt: skip
-    for row in result["curves"]:
-        parts = ", ".join(f"{part} {seconds * 1e3:.2f}" for part, seconds in row["exposed_seconds"].items())
-        print(f"{row['ranks']:6d} {row['setup']:26s} {row['forward_backward_seconds']:7.2f} s "
-              f"{row['optimizer_seconds'] * 1e3:7.1f} ms {row['share_of_forward_backward']:7.2%} "
-              f"{sum(row['communication_seconds'].values()) * 1e3:8.1f} ms {row['sent_bytes'] / 1e9:6.2f} GB "
-              f"{sum(row['memory_bytes'].values()) / 1e9:6.2f} GB {row['ns_max_over_ideal'] or 0:7.2f}x   "
-              f"{parts}")  # fmt: skip
-    print("\nwhat would make it worse: share of forward-backward, Muon home, at " +
-          ", ".join(f"{world}" for world in HEADLINE_RANKS) + " ranks")  # fmt: skip
-    for row in result["sensitivities"]:
+          f"{'sent':>9s} {'memory':>9s} {'NS work':>8s}   exposed ms by part", flush=True)  # fmt: skip
+
+
+def print_curve(row: Mapping[str, Any]) -> None:
+    """One prediction; at once, for the largest take a while."""
+    parts = ", ".join(f"{part} {seconds * 1e3:.2f}" for part, seconds in row["exposed_seconds"].items())
+    print(f"{row['ranks']:6d} {row['setup']:26s} {row['forward_backward_seconds']:7.2f} s "
+          f"{row['optimizer_seconds'] * 1e3:7.1f} ms {row['share_of_forward_backward']:7.2%} "
+          f"{sum(row['communication_seconds'].values()) * 1e3:8.1f} ms {row['sent_bytes'] / 1e9:6.2f} GB "
+          f"{sum(row['memory_bytes'].values()) / 1e9:6.2f} GB {row['ns_max_over_ideal'] or 0:7.2f}x   "
+          f"{parts}", flush=True)  # fmt: skip
+
+
+def predict_all(training: Training, machine: Machine, ranks: Sequence[int]) -> dict[str, Any]:
+    """Everything about one model on one machine, printed as it is found.
+
+    Raises:
+        ValueError: the parallel sizes divide none of `ranks`, or not the model.
+    """
+    fitting, others = divided(training, ranks)
+    sizes = f"tp {training.tp} x pp {training.pp} with ep {training.ep}"
+    if not fitting:
+        raise ValueError(f"{sizes} divides none of --ranks {', '.join(map(str, ranks))}")
+    inputs = assumptions(training, machine)
+    print_inputs(inputs)
+    rows = []
+    for row in curves(training, machine, fitting):
+        print_curve(row)
+        rows.append(row)
+    if others:
+        print(f"left out, for {sizes} does not divide them: {', '.join(map(str, others))}")
+    few = [world for world in HEADLINE_RANKS if world in fitting] or fitting[:3]
+    print(f"\nwhat would make it worse: share of forward-backward, Muon home, at {', '.join(map(str, few))} ranks",
+          flush=True)  # fmt: skip
+    changed = sensitivities(training, machine, few)
+    for row in changed:
         print(f"  {row['change']:50s} " + " ".join(f"{share:8.2%}" for share in row["share"].values()))
+    return {"assumptions": inputs, "curves": rows, "sensitivities": changed}
 
 
 def check_files(fitted: dict[str, Any] | None, paths: Sequence[Path], output: Path | None) -> None:
@@ -181,9 +211,9 @@ def check_files(fitted: dict[str, Any] | None, paths: Sequence[Path], output: Pa
             raise ValueError(f"{path}: {error}") from None
         print(f"{path.name}, {measured['world']} ranks")
         print_checks(checks[-1]["rows"])
-    if output:
-        machine = describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}")
-        output.write_text(json.dumps({"machine": machine, "checks": checks}, indent=1) + "\n")
+    write_json(
+        output, {"machine": describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}"), "checks": checks}
+    )
 
 
 def main() -> None:
@@ -191,44 +221,42 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(NAMED_MODELS), default="moonlight-16b-a3b")
     machine_source = parser.add_mutually_exclusive_group()
     machine_source.add_argument("--hardware", choices=sorted(MACHINES), default="h100-ib400")
-    machine_source.add_argument("--links", type=Path, metavar="FILE", help="rates from perf.links --json")
-    parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--pp", type=int, default=1)
-    parser.add_argument("--ep", type=int, help="default: 8 for models with experts")
-    parser.add_argument("--global-tokens", type=int, default=Training.global_tokens, help="per step, over all ranks")
-    parser.add_argument("--sequence", type=int, default=Training.sequence)
-    parser.add_argument("--mfu", type=float, default=Training.mfu, help="of forward and backward, assumed")
-    parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
+    machine_source.add_argument("--links", type=json_file, metavar="FILE", help="rates from perf.links --json")
+    parser.add_argument("--tp", type=at_least_one, default=1)
+    parser.add_argument("--pp", type=at_least_one, default=1)
+    parser.add_argument("--ep", type=at_least_one, help="default: 8 for models with experts")
+    parser.add_argument(
+        "--global-tokens", type=at_least_one, default=Training.global_tokens, help="per step, over all ranks"
+    )
+    parser.add_argument("--sequence", type=at_least_one, default=Training.sequence)
+    parser.add_argument("--mfu", type=share, default=Training.mfu, help="of forward and backward, assumed")
+    parser.add_argument("--ranks", type=at_least_one, nargs="+", default=RANKS)
     parser.add_argument(
         "--check", type=Path, nargs="+", metavar="FILE", help="results of perf.comm --json on the ranks of --links"
     )
     parser.add_argument("--check-bytes", action="store_true", help="run the real optimizer on the fake process group")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
     args = parser.parse_args()
     experts = args.model in ACTIVE_EXPERTS
     ep = args.ep or (8 if experts else 1)
     training = Training(args.model, 0, args.tp, args.pp, ep, args.global_tokens, args.sequence, args.mfu)
     try:
-        fitted = json.loads(args.links.read_text()) if args.links else None
         if args.check:
-            check_files(fitted, args.check, args.json)
+            check_files(args.links, args.check, args.json)
             return
-        machine = fitted_machine(fitted) if fitted else MACHINES[args.hardware]
+        machine = fitted_machine(args.links) if args.links else MACHINES[args.hardware]
+        command = f"python -m perf.scale {' '.join(sys.argv[1:])}"
         result: dict[str, Any] = {
-            "machine": describe_machine(f"python -m perf.scale {' '.join(sys.argv[1:])}"),
-            "assumptions": assumptions(training, machine),
-            "curves": list(curves(training, machine, tuple(args.ranks))),
-            "sensitivities": list(sensitivities(training, machine)),
+            "machine": describe_machine(command),
+            **predict_all(training, machine, args.ranks),
         }
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    print_tables(result)
     if args.check_bytes:
         outcomes = [run_case(case) for case in CASES]
         print("\n" + format_outcomes(outcomes))
         result["bytes"] = [outcome.to_json() for outcome in outcomes]
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(args.json, result)
     if not all(row["within_bounds"] for row in result.get("bytes", ())):
         raise SystemExit("error: traffic over ZeRO-1 AdamW's is outside its bounds in a row above")
 

@@ -13,11 +13,9 @@ the same run.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from launch.environment import describe_machine
 from launch.world import World, open_world
 from perf.links import matmul_flops, started_as
 from perf.memory import transient_bytes
+from perf.options import at_least_one, output_file, write_json
 from perf.peers import Contender, contenders
 from perf.wire import WireCounter
 
@@ -60,7 +59,7 @@ def measure(competitors: Sequence[Contender], rounds: int, world: World) -> list
                     wire.on = True
                     peak = transient_bytes(contender.step, world.device)
                 counts = [contender.state_bytes(), wire.sent.total(), peak, contender.ns_calls()]
-                most[contender.name] = _largest(counts, world)
+                most[contender.name] = largest(counts, world)
             else:
                 begin = time.perf_counter()
                 contender.step()
@@ -90,7 +89,7 @@ def measure(competitors: Sequence[Contender], rounds: int, world: World) -> list
     return rows
 
 
-def _largest(values: list[int], world: World) -> list[int]:
+def largest(values: list[int], world: World) -> list[int]:
     """Elementwise maximum over the ranks; collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=world.device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
@@ -116,11 +115,11 @@ def print_rows(rows: Sequence[dict[str, Any]], floor: float, rate: float) -> Non
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=8, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=at_least_one, default=8, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--ours", action="store_true", help="leave the others' optimizers out")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="write the result here (rank 0)")
+    parser.add_argument("--json", type=output_file, help="write the result here (rank 0)")
     args = parser.parse_args()
     with open_world(args.device) as world:
         if world.size == 1:
@@ -132,11 +131,9 @@ def main() -> None:
         if not world.main:
             return
         print_rows(rows, floor, rate)
-        if args.json:
-            machine = describe_machine(started_as("perf.step"))
-            result = {"machine": machine, "world": world.size, "layers": args.layers, "rows": rows,
-                      "floor_seconds": floor, "matmul_flops": rate}  # fmt: skip
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"machine": describe_machine(started_as("perf.step")), "world": world.size, "layers": args.layers,
+                  "rows": rows, "floor_seconds": floor, "matmul_flops": rate}  # fmt: skip
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from perf.options import output_file
 from tests.multihost.hosts import make_hosts, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ def run_benchmark(out: Path, logs: Path, megabits: int | None, settings: Mapping
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", metavar="N[mbit]", help="of every link; unlimited if not given")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="default: perf/results/two_hosts_RATE.json")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="default: perf/results/two_hosts_RATE.json")
     args = parser.parse_args()
     megabits = args.rate and args.rate.removesuffix("mbit")
     if megabits and not megabits.isdigit():

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol
 
 from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.cutting import bucket_elements
 from distributed_muon.planning.model_shapes import NAMED_MODELS, model_shapes
-from distributed_muon.planning.simulate import DomainPlan, Job, simulate
+from distributed_muon.planning.simulate import DomainPlan, Job, StageReport, simulate
 from perf.cluster import Machine
 
 # Experts per token, which the shapes do not tell.
@@ -148,7 +149,7 @@ class Training:
         """Laid out and planned by `simulate`."""
         strategy = "home" if setup.strategy == "adamw" else setup.strategy
         job = Job(self.dp, self.tp, self.pp, self.ep, setup.layout, strategy, setup.bucket_mb)
-        report = simulate(model_shapes(NAMED_MODELS[self.model]), job)
+        report = simulated(self.model, job)
         buckets = []
         for domain in report.domains:
             local = sum(tensor.numel for tensor in domain.plan.layout.tensors)
@@ -164,6 +165,12 @@ class Training:
     def microbatches(self) -> float:
         """Sequences of one data-parallel rank per step."""
         return max(1.0, self.global_tokens / self.sequence / self.dp)
+
+
+@lru_cache(maxsize=4)
+def simulated(model: str, job: Job) -> StageReport:
+    """`simulate` of a named model; the last few are kept, for setups that differ in other things ask again."""
+    return simulate(model_shapes(NAMED_MODELS[model]), job)
 
 
 def data_parallel(domain: DomainPlan, dp: int) -> int:

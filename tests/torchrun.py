@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
+# Frozen: with another text two experts may tie, and the trainers then part by what they round differently.
+CORPUS = ROOT / "tests" / "corpus.txt"
 TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m")
 
 

@@ -199,7 +199,7 @@ class Binding:
             if self._active[self._tensor_of[matrix]]:
                 group = self._groups[self._owned[self._tensor_of[matrix]].group]
                 table = coefficient_table(group["ns_coefficients"], group["ns_steps"])
-                ratio = lr_ratio(*layout.matrices[matrix].logical_shape, group["adjust_lr_fn"])
+                ratio = _ratio(group, layout.matrices[matrix].logical_shape)
                 team = self._plan.teams.get(matrix, ())
                 alike[layout.matrices[matrix].shape, table, group["eps"], ratio, team, matrix if team else None].append(
                     matrix
@@ -253,8 +253,7 @@ class Binding:
             tensor = self._tensor_of[piece.matrix]
             if self._active[tensor]:
                 group = self._owned[tensor].group
-                shape = self._plan.layout.matrices[piece.matrix].logical_shape
-                ratio = lr_ratio(*shape, self._groups[group]["adjust_lr_fn"])
+                ratio = _ratio(self._groups[group], self._plan.layout.matrices[piece.matrix].logical_shape)
                 result = self._at_home(piece, homes) if piece.matrix in homes else arrived[piece]
                 window = Window(*self._source(piece), piece.stride)
                 by_rule[group, ratio].append(Span(piece.rows, piece.cols, (window, result)))
@@ -272,6 +271,10 @@ class Binding:
 
     def _at_home(self, piece: Piece, homes: Mapping[int, int]) -> Window:
         return Window(_MATRICES, homes[piece.matrix] + piece.at, piece.pitch)
+
+
+def _ratio(group: Mapping[str, Any], shape: tuple[int, int]) -> float:
+    return lr_ratio(*shape, group["adjust_lr_fn"]) * group["update_scale"]
 
 
 def _on_wire(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Window]]:
@@ -293,7 +296,7 @@ def _pair(spans: Sequence[Span], wire: Tensor, slot: Slot) -> tuple[list[Tensor]
 
 
 class ShardGradients:
-    """The gradients of all shards of a rank, without padding.
+    """The gradients of all shards of a rank without padding, each element on one of the ranks that hold it.
 
     Args:
         parts: of the rank.
@@ -305,6 +308,7 @@ class ShardGradients:
             Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
             for number, part in enumerate(parts)
             for shard, offset in zip(part.shards, part.offsets, strict=True)
+            if not shard.replica
         )
         self._places: list[int] = []
         self._views: list[Tensor] = []
@@ -316,3 +320,7 @@ class ShardGradients:
             self._places = now
             self._views = [span.view(0, self._parts[span.windows[0].base].grad) for span in self._spans]
         return self._views
+
+    def release(self) -> None:
+        """Hold no view until the next look-up."""
+        self._places, self._views = [], []

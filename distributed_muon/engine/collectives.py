@@ -7,6 +7,7 @@ all-reduce (twice the bytes) and its all-gather copies through a ring.
 
 from __future__ import annotations
 
+import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed_muon.engine.groups import make_group
 from distributed_muon.engine.timing import Flight, StepTimer
 
 # torch 2.13 renamed the two; older releases only know the first names.
@@ -200,29 +202,13 @@ class Collectives:
             By team.
         """
         group = self.group if self.group is not None else dist.group.WORLD
-        whole = self.size == dist.get_world_size()
-        if not whole:
-            self._align_group_names()
+        name = self.gather_objects(f"distributed_muon-{uuid.uuid4().hex}")[0]
         out = {}
-        for ranks in teams:
-            if whole or self.rank in ranks:
-                members = [dist.get_global_rank(group, rank) for rank in ranks]
-                made = dist.new_group(members, use_local_synchronization=not whole)
-                if self.rank in ranks:
-                    part = out[ranks] = Collectives(made)
-                    part.timer, part._label, part._own = self.timer, label, True
+        for number, ranks in enumerate(teams):
+            if self.rank in ranks:
+                part = out[ranks] = Collectives(make_group(group, ranks, f"{name}-{number}"))
+                part.timer, part._label, part._own = self.timer, label, True
         return out
-
-    def _align_group_names(self) -> None:
-        """Let ranks that are in different numbers of process groups agree on the name of the next one.
-
-        torch names a group that only its members make by the ranks and by how many groups the process is in, so a
-        user's own `new_group([0, 2])` would let ranks wait for each other under different names. Groups of one rank
-        bring all to the same number.
-        """
-        count = len(dist.distributed_c10d._world.pg_names)
-        for _ in range(max(self.gather_objects(count)) - count):
-            dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
     def close(self) -> None:
         """Give back the process group, where it is this object's own; not collective."""

@@ -20,7 +20,7 @@ ALGORITHMS = ("muon", "adamw")
 # What every group has, and what each algorithm reads beside that. AdamW's carry torch.optim.AdamW's names.
 _OF_EVERY_GROUP = ("algorithm", "lr", "weight_decay")
 _OF_ALGORITHM = {
-    "muon": ("matrices", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn"),
+    "muon": ("matrices", "momentum", "nesterov", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn", "update_scale"),
     "adamw": ("betas", "eps"),
 }
 
@@ -39,11 +39,16 @@ class Options:
         eps: of Newton-Schulz; guards the zero matrix only, for inputs are scaled first.
         ns_steps: iterations of Newton-Schulz.
         adjust_lr_fn: factor on a matrix's rate, "match_rms_adamw" (0.2 * sqrt(max(rows, cols)), which lets
-            AdamW's learning rate carry over) or "original" (sqrt(max(1, rows / cols))).
+            AdamW's learning rate carry over), "original" (sqrt(max(1, rows / cols))), "spectral"
+            (sqrt(max(rows, cols))) or "unit_rms_norm" (sqrt(rows / cols)).
+        update_scale: one more factor on every update of Muon, not on the decay.
         betas, adamw_eps: of AdamW groups, which hold them as "betas" and "eps" like torch.optim.AdamW's.
         ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape.
         ns_dtype: of Newton-Schulz and of what travels for it: torch.bfloat16 or torch.float32.
         strategy: "home", "gather" or "auto" (`layout.plan.make_plan`).
+        zero_gradients: what a gradient of zeros on all ranks means where a framework turns missing gradients into
+            zeros: "update" (momentum decays and goes on moving the parameter, at full size under Muon) or "skip" (as
+            torch.optim treats a missing gradient: no step, no decay, no change of state; one more all-reduce).
 
     Raises:
         ValueError: an option that cannot be right; the message names it.
@@ -57,16 +62,19 @@ class Options:
     eps: float = 1e-7
     ns_steps: int = 5
     adjust_lr_fn: str = "match_rms_adamw"
+    update_scale: float = 1.0
     betas: tuple[float, float] = (0.9, 0.95)
     adamw_eps: float = 1e-8
     ns_form: str = "auto"
     ns_dtype: torch.dtype = torch.bfloat16
     strategy: str = "auto"
+    zero_gradients: str = "update"
 
     def __post_init__(self) -> None:
         check_choice("ns_form", self.ns_form, ("auto", "standard", "gram"))
         check_choice("ns_dtype", self.ns_dtype, (torch.bfloat16, torch.float32))
         check_choice("strategy", self.strategy, STRATEGIES)
+        check_choice("zero_gradients", self.zero_gradients, ("update", "skip"))
 
     @staticmethod
     def of(given: Mapping[str, Any]) -> Options:
@@ -124,7 +132,7 @@ def check_group(index: int, group: Mapping[str, Any]) -> None:
     for option in _OF_ALGORITHM[other]:
         if group.get(option) is not None and option not in _OF_ALGORITHM[algorithm]:
             raise ValueError(f"{option}={group[option]} {where}: {algorithm} groups take no {option}, leave it out")
-    for option in ("lr", "weight_decay", "momentum", "eps"):
+    for option in ("lr", "weight_decay", "momentum", "eps", "update_scale"):
         if option in group and not float(group[option]) >= 0:
             raise ValueError(f"{option}={group[option]} {where} must be >= 0")
     if algorithm == "adamw":
@@ -156,14 +164,12 @@ def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def tensor_spec(
     name: str, param: nn.Parameter, group: Mapping[str, Any], shape: Sequence[int] | None = None
 ) -> TensorSpec:
-    """The planner's view of one whole parameter; raises a ValueError that names it where it is unsupported.
+    """The planner's view of one whole parameter, by its global shape; a ValueError names it where it is unsupported.
 
     Args:
         shape: of the whole parameter, where `param` is a placeholder; None: its own.
     """
     shape = tuple(param.shape if shape is None else shape)
-    if hasattr(param, "placements"):
-        raise ValueError(f"parameter {name!r} is a DTensor: DistributedMuon shards by itself, pass plain tensors")
     if param.is_meta:
         raise ValueError(f"parameter {name!r} is on the meta device: load or initialize the model first")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):

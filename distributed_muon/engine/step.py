@@ -126,11 +126,13 @@ class ShardedStep:
 
         Args:
             active: per tensor, whether it has a gradient on any rank, alike on all ranks; the others keep their
-                state. None: all.
+                state. None: all, or with zero_gradients="skip" those whose gradient is not zero everywhere.
             after_wave: called with the number of each wave whose masters are up to date, and before them with -1
                 once AdamW's are.
         """
-        bound = self._bind(tuple(active) if active is not None else (True,) * len(self.members))
+        if active is None:
+            active = self.nonzero() if self.options.zero_gradients == "skip" else [True] * len(self.members)
+        bound = self._bind(tuple(active))
         self._adamw(bound)
         after_wave(-1)
         self.measures.clear()
@@ -219,12 +221,13 @@ class ShardedStep:
 
     def release_gradients(self) -> None:
         """Hold no view of the parts' gradients, so that a framework that makes them anew can free the old ones."""
+        self._gradients.release()
         for bound in self._bindings.values():
             bound.release_gradients()
 
     def _bind(self, active: tuple[bool, ...]) -> Binding:
         shaping = tuple(
-            tuple(map(repr, (g["ns_coefficients"], g["ns_steps"], g["eps"], g["adjust_lr_fn"])))
+            tuple(map(repr, (g["ns_coefficients"], g["ns_steps"], g["eps"], g["adjust_lr_fn"], g["update_scale"])))
             for g in self.param_groups
             if g["algorithm"] == "muon"
         )

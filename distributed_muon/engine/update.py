@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-ADJUST_LR_FNS = ("original", "match_rms_adamw")
+ADJUST_LR_FNS = ("original", "match_rms_adamw", "spectral", "unit_rms_norm")
 
 
 def lr_ratio(rows: int, cols: int, adjust_lr_fn: str) -> float:
     """Factor on the learning rate of one matrix, from its logical (global, unpadded) shape.
 
     "original" is Keller Jordan's sqrt(max(1, rows / cols)); "match_rms_adamw" is the Moonlight report's
-    0.2 * sqrt(max(rows, cols)) (arXiv 2502.16982, section 2.2). Bit-equal to torch.optim.Muon's.
+    0.2 * sqrt(max(rows, cols)) (arXiv 2502.16982, section 2.2). Both are bit-equal to torch.optim.Muon's. As
+    Emerging-Optimizers names them, "spectral" is sqrt(max(rows, cols)) and "unit_rms_norm" sqrt(rows / cols)
+    (arXiv 2502.07529).
     """
     if adjust_lr_fn == "original":
         return math.sqrt(max(1, rows / cols))
     if adjust_lr_fn == "match_rms_adamw":
         return 0.2 * math.sqrt(max(rows, cols))
+    if adjust_lr_fn == "spectral":
+        return math.sqrt(max(rows, cols))
+    if adjust_lr_fn == "unit_rms_norm":
+        return math.sqrt(rows / cols)
     raise ValueError(f"adjust_lr_fn {adjust_lr_fn!r} is unknown: choose one of {', '.join(ADJUST_LR_FNS)}")
 
 

@@ -1,13 +1,12 @@
 """ZeRO-1 Muon for Megatron-core: an optimizer over its DDP buffers, under any TP x PP x EP x DP.
 
 Megatron's DDP reduces gradients and gathers parameters, its ChainedOptimizer takes norms and clips. What is left
-is a layout to read (megatron_layout.py) and the core's step on it (megatron_domain.py).
+is a layout to read (megatron_layout.py) and the engine's step on it.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,12 +24,32 @@ from torch import Tensor, nn
 
 from distributed_muon.engine.agreement import check_same_everywhere
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.diagnostics import merge_measured
-from distributed_muon.engine.options import check_group, check_newton_schulz
-from distributed_muon.integrations.megatron_checkpoint import export_shards, import_groups, import_shards
-from distributed_muon.integrations.megatron_domain import DomainStep, MasterShard
-from distributed_muon.integrations.megatron_layout import make_domain, shard_aligned_param_layout
-from distributed_muon.integrations.megatron_params import MarkedParameter, Override, TensorParallel, read_parameters
+from distributed_muon.engine.options import describe_group
+from distributed_muon.engine.report import step_report
+from distributed_muon.engine.state import OwnedParameter
+from distributed_muon.integrations.megatron_checkpoint import (
+    export_own,
+    export_shards,
+    import_groups,
+    import_own,
+    import_shards,
+)
+from distributed_muon.integrations.megatron_layout import Domain, build_domain, find_ranks, shard_aligned_param_layout
+from distributed_muon.integrations.megatron_memory import PartState
+from distributed_muon.integrations.megatron_options import (
+    chosen_algorithms,
+    read_options,
+    refuse_unsupported,
+    split_groups,
+)
+from distributed_muon.integrations.megatron_params import (
+    MarkedParameter,
+    Override,
+    TensorParallel,
+    check_overrides,
+    read_parameters,
+    unwrapped,
+)
 
 __all__ = ["MegatronMuon", "get_distributed_muon_optimizer", "shard_aligned_param_layout"]
 
@@ -43,16 +62,8 @@ def get_distributed_muon_optimizer(
     pg_collection: ProcessGroupCollection | None = None,
     dump_param_to_param_group_map: str | None = None,
     *,
-    momentum: float = 0.95,
-    nesterov: bool = True,
-    ns_coefficients: Any = "quintic",
-    eps: float = 1e-7,
-    ns_steps: int = 5,
-    adjust_lr_fn: str = "match_rms_adamw",
-    ns_form: str = "auto",
-    ns_dtype: torch.dtype = torch.bfloat16,
-    strategy: str = "home",
     overrides: Mapping[str, Override] | None = None,
+    **options: Any,
 ) -> ChainedOptimizer:
     """Muon for the hidden matrices and AdamW for the rest, where `get_megatron_optimizer` was called.
 
@@ -63,79 +74,54 @@ def get_distributed_muon_optimizer(
         config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection,
             dump_param_to_param_group_map: as of `get_megatron_optimizer`; the chunks are wrapped in DDP with
             use_distributed_optimizer=True. No gloo group is used, and a map cannot be dumped.
-        momentum, nesterov, ns_coefficients, eps, ns_steps, adjust_lr_fn: as torch.optim.Muon.
-        ns_form, ns_dtype, strategy: as `DistributedMuon`.
         overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule (`distributed_muon.layout.matrices`).
+            Names are those of the whole model, whatever the parallelism; `explain()` prints them.
+        options: Muon's, as `engine.options.Options` has them.
 
     Raises:
         ValueError: an option or parameter that is not supported, by name.
         RuntimeError: ranks of a domain disagree about a parameter, or ranks of the world about options.
     """
-    check_newton_schulz(ns_form, ns_dtype, strategy)
-    _refuse_options(config, model_chunks, dump_param_to_param_group_map)
+    everywhere = read_options(config, options)
+    refuse_unsupported(config, model_chunks, dump_param_to_param_group_map)
     pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "expt_tp"])
     sizes = TensorParallel(dist.get_world_size(pgs.tp), dist.get_world_size(pgs.expt_tp))
-    members = read_parameters(model_chunks, sizes, overrides or {}, adjust_lr_fn)
-    options = {
-        "momentum": momentum,
-        "nesterov": nesterov,
-        "ns_coefficients": ns_coefficients,
-        "eps": eps,
-        "ns_steps": ns_steps,
-        "adjust_lr_fn": adjust_lr_fn,
-        "matrices": None,
-        "adamw_betas": (config.adam_beta1, config.adam_beta2),
-        "adamw_eps": config.adam_eps,
-    }
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
-    param_groups = _split_groups(_get_param_groups(model_chunks, config, config_overrides), members, config, options)
-    world = Collectives(None)
-    lines = [f"options {(ns_form, ns_dtype, strategy, config.bf16, config.fp16, config.clip_grad)}"]
-    lines += [f"group {number} {_options_of(group)}" for number, group in enumerate(param_groups)]
+    groups, world = _get_param_groups(model_chunks, config, config_overrides), Collectives(None)
+    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn, chosen_algorithms(groups))
+    check_overrides(overrides or {}, members, world)
+    param_groups = everywhere.complete(split_groups(groups, members, config))
+    lines = [f"options {(everywhere, config.bf16, config.fp16, config.clip_grad)}"]
+    lines += [f"group {number} {describe_group(group)}" for number, group in enumerate(param_groups)]
     check_same_everywhere(world, lines)
 
     group_of = {id(param): number for number, group in enumerate(param_groups) for param in group["params"]}
-    parts: list[DomainStep] = []
+    domains: list[Domain] = []
     for expert, tensor_parallel in ((False, pgs.tp), (True, pgs.expt_tp)):
         kind = "expert_parallel_buffers" if expert else "buffers"
         buffers = [buffer for chunk in model_chunks for buffer in getattr(chunk, kind)]
-        domain = make_domain(buffers, tensor_parallel)
-        if domain is not None:
-            busy = parts[0].ns_flops if parts else {}
+        ranks = find_ranks(buffers, tensor_parallel)
+        if ranks is not None:
             held = [member for member in members if member.expert == expert]
-            groups = [group_of[id(member.param)] for member in held]
-            keywords = dict(ns_form=ns_form, ns_dtype=ns_dtype, strategy=strategy, busy=busy)
-            parts.append(DomainStep(held, groups, param_groups, buffers, domain, **keywords))
-    if not any(world.gather_objects(any(part.plan.layout.matrices for part in parts))):
+            numbers = [group_of[id(member.param)] for member in held]
+            busy = domains[0].flops_by_rank if domains else {}
+            domains.append(build_domain(ranks, held, numbers, buffers, param_groups, everywhere, busy))
+    if not any(world.gather_objects(any(domain.engine.plan.layout.matrices for domain in domains))):
         raise ValueError("no parameter of any rank goes to Muon: check requires_grad and overrides")
     stats = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, model_chunks, False)
-    optimizer = MegatronMuon(config, model_chunks, members, param_groups, group_of, parts)
+    optimizer = MegatronMuon(config, model_chunks, members, param_groups, domains)
     optimizer.grad_stats_parallel_group = stats["intra_dist_opt_group"]
     return ChainedOptimizer([optimizer])
-
-
-class _Shards(torch.optim.Optimizer):
-    """What Megatron reads of a torch optimizer: groups of master shards, and their state."""
-
-    def __init__(self, param_groups: list[dict[str, Any]], shards: Sequence[MasterShard], parts: Sequence[DomainStep]):
-        super().__init__(param_groups, {})
-        self.state.update({shard.master: shard.state for shard in shards})
-        self._parts = parts
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:
-        """One step from the masters' `.grad`; collective over the domains. `closure` is not called."""
-        for part in self._parts:
-            part.step(self.param_groups)
 
 
 class MegatronMuon(MegatronOptimizer):
     """The optimizer below the ChainedOptimizer; use `get_distributed_muon_optimizer`.
 
     Attributes:
-        parts: the dense and the expert domain, where this rank has such parameters.
+        domains: the dense and the expert domain, where this rank has such parameters.
         members: every trainable parameter of this rank, with its matrices.
+        owned: the parameters of which this rank owns something, with their masters and state.
         model_chunks, ddp_config: Megatron's. steps: steps taken, skipped ones excluded.
     """
 
@@ -145,29 +131,29 @@ class MegatronMuon(MegatronOptimizer):
         model_chunks: list[nn.Module],
         members: Sequence[MarkedParameter],
         param_groups: list[dict[str, Any]],
-        group_of: Mapping[int, int],
-        parts: Sequence[DomainStep],
+        domains: Sequence[Domain],
     ) -> None:
         self.model_chunks, self.ddp_config = model_chunks, model_chunks[0].ddp_config
-        self.parts, self.members = parts, members
-        self.shards = [shard for part in parts for shard in part.shards]
-        for group in param_groups:
-            group["params"] = []
-        for shard in self.shards:
-            param_groups[group_of[id(shard.member.param)]]["params"].append(shard.master)
-        super().__init__(_Shards(param_groups, self.shards, parts), config)
+        self.domains, self.members = domains, members
+        self.owned: list[OwnedParameter] = [parameter for domain in domains for parameter in domain.owned]
+        # What Megatron reads of a torch optimizer: groups of masters, and their state.
+        for number, group in enumerate(param_groups):
+            group["params"] = [owned.master for owned in self.owned if owned.group == number]
+        shards = torch.optim.Optimizer(param_groups, {})
+        self._memory = {part.master: PartState(part) for domain in domains for part in domain.engine.parts}
+        shards.state.update(self._memory)
+        super().__init__(shards, config)
         self.is_stub_optimizer, self.steps = False, 0
         self.grad_scaler = _grad_scaler(config)
         self._device = members[0].param.device if members else torch.device(torch.cuda.current_device())
+        self._versions = self._parameter_versions()
 
     # ---- one step --------------------------------------------------------------------------------------
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients outside the DDP buffers, which `model_chunk.zero_grad_buffer()` zeroes."""
-        for member in self.members:
-            member.param.grad = None
-        for shard in self.shards:
-            shard.master.grad = None
+        for tensor in (*(member.param for member in self.members), *(owned.master for owned in self.owned)):
+            tensor.grad = None
 
     def get_loss_scale(self) -> Tensor:
         """The loss scale, a tensor of size 1; 1 without a scaler."""
@@ -176,12 +162,13 @@ class MegatronMuon(MegatronOptimizer):
     @torch.no_grad()
     def prepare_grads(self) -> bool:
         """Take and unscale the reduced gradients; whether any rank of the world found an inf or nan."""
-        for shard in self.shards:
-            shard.take_gradient()
+        self._check_present()
+        for domain in self.domains:
+            domain.take_gradients()
         found = torch.zeros(1, device=self._device)
         inverse = torch.ones(1, device=self._device) if self.grad_scaler is None else self.grad_scaler.inv_scale
-        if self.shards:
-            grads = [shard.master.grad for shard in self.shards]
+        if self.owned:
+            grads = [owned.master.grad for owned in self.owned]
             torch._amp_foreach_non_finite_check_and_unscale_(grads, found, inverse)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.get_grad_stats_parallel_group())
         nonfinite = bool(found.item() > 0)
@@ -192,7 +179,12 @@ class MegatronMuon(MegatronOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Step, then gather the parameters, unless DDP's forward hooks will (overlap_param_gather)."""
-        self.optimizer.step()
+        self._adopt_outside_writes()
+        for domain in self.domains:
+            domain.engine.param_groups = self.param_groups
+            domain.engine.step()
+            domain.publish()
+            domain.engine.close()
         self.steps += 1
         if not self.ddp_config.overlap_param_gather:
             for chunk in self.model_chunks:
@@ -204,27 +196,8 @@ class MegatronMuon(MegatronOptimizer):
         return ChainedOptimizer([self]).step()
 
     def step_report(self) -> dict[str, Any]:
-        """What was done since the last report; collective over each domain.
-
-        Returns:
-            "ns_calls" (matrices this rank orthogonalized), "bytes" (that it sent in exchanges, by collective),
-            "seconds" by phase, "communication" (of the exchange, as
-            `DistributedMuon.step_report` has it), and "update_rms" per matrix of the last step (of the update at lr 1).
-        """
-        report: dict[str, Any] = {"ns_calls": 0, "communication": {}, "update_rms": {}}
-        sent, seconds = Counter(), Counter()
-        for part in self.parts:
-            times = part.timer.take()
-            report["ns_calls"] += part.muon.ns_calls
-            sent.update(part.collectives.sent_bytes)
-            seconds.update(times.seconds())
-            for label, counts in times.communication().items():
-                report["communication"].setdefault(label, Counter()).update(counts)
-            merged = merge_measured(part.collectives, part.plan, part.muon.measured, part.device)
-            report["update_rms"] |= merged.get("update_rms", {})
-            part.muon.ns_calls = 0
-            part.collectives.sent_bytes.clear()
-        return {**report, "bytes": dict(sent), "seconds": dict(seconds)}
+        """What the last step did, as `DistributedMuon.step_report` has it; collective over each domain."""
+        return step_report([domain.engine for domain in self.domains], steps=self.steps)
 
     def explain(self) -> str:
         """Where every parameter went and why, and the plan of each domain."""
@@ -232,7 +205,7 @@ class MegatronMuon(MegatronOptimizer):
         for member in self.members:
             matrices = ", ".join(f"{m.rows} x {m.cols}" for m in member.spec.matrices())
             rows.append(f"{member.name}  {tuple(member.param.shape)}  {matrices or 'adamw'}  ({member.reason})")
-        return "\n".join([*rows, *(part.plan.explain() for part in self.parts)])
+        return "\n".join([*rows, *(domain.engine.plan.explain() for domain in self.domains)])
 
     # ---- parameters and checkpoints ----------------------------------------------------------------------
 
@@ -243,26 +216,52 @@ class MegatronMuon(MegatronOptimizer):
         Args:
             state_dict: {"model": ...}, {"model0": ..., ...}, or the model's state dict itself.
         """
-        values: dict[str, Any] = {}
-        if state_dict is not None:
-            for index in range(len(self.model_chunks)):
-                prefix = f"model{index}." if len(self.model_chunks) > 1 else ""
-                inner = state_dict.get(f"model{index}", state_dict.get("model", state_dict))
-                values |= {prefix + key.removeprefix("module."): value for key, value in inner.items()}
-        for shard in self.shards:
+        values: dict[Tensor, Any] = {}
+        for index, chunk in enumerate(self.model_chunks if state_dict is not None else ()):
+            inner = state_dict.get(f"model{index}", state_dict.get("model", state_dict))
+            given = {unwrapped(name): value for name, value in inner.items()}
+            values |= {param: given.get(unwrapped(name)) for name, param in chunk.named_parameters()}
+        for owned in self.owned:
             if state_dict is None:
-                shard.master.copy_(shard.own)
-            elif shard.member.name not in values:
-                raise ValueError(f"the state dict has no parameter {shard.member.name!r}: pass the whole model's")
+                owned.master.copy_(owned.values)
+            elif values[owned.param] is None:
+                raise ValueError(f"the state dict has no parameter {owned.name!r}: pass the whole model's")
             else:
-                shard.master.copy_(values[shard.member.name].reshape(-1)[shard.start : shard.stop])
+                owned.master.copy_(values[owned.param].reshape(-1)[owned.start : owned.stop])
 
-    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
-        """Groups, step and loss scale, equal on every rank; tensors are in `sharded_state_dict`.
+    def _adopt_outside_writes(self) -> None:
+        """Let masters follow parameters that others wrote since the last step, such as a loaded model."""
+        versions = self._parameter_versions()
+        for part in {owned.part for owned in self.owned if versions[owned.param] != self._versions[owned.param]}:
+            part.adopt()
+        self._versions = versions
 
-        Args:
-            is_loading: accepted for Megatron's sake; nothing has to be allocated first.
-        """
+    def _parameter_versions(self) -> dict[Tensor, int]:
+        return {member.param: member.param._version for member in self.members}
+
+    @property
+    def data_parallel_group(self) -> dist.ProcessGroup:
+        """The group that cuts this rank's dense parameters, or its experts where it has no others."""
+        return self.domains[0].ranks.data_parallel
+
+    def offload_to_cpu(self) -> None:
+        """Move moments, and masters that are copies, to the CPU until `restore_from_cpu()`; no step in between."""
+        for state in self._memory.values():
+            state.offload()
+
+    def restore_from_cpu(self) -> None:
+        """Bring back what `offload_to_cpu()` took, bit by bit."""
+        for state in self._memory.values():
+            state.restore()
+
+    def _check_present(self) -> None:
+        if any(state.away for state in self._memory.values()):
+            raise RuntimeError(
+                "the optimizer's state is offloaded: call restore_from_cpu() before a step or a checkpoint"
+            )
+
+    def _common_state(self) -> dict[str, Any]:
+        """What is equal on every rank: groups, step and loss scale."""
         state: dict[str, Any] = {
             "distributed_muon": 1,
             "param_groups": [_options_of(group) for group in self.param_groups],
@@ -272,16 +271,42 @@ class MegatronMuon(MegatronOptimizer):
             state["grad_scaler"] = self.grad_scaler.state_dict()
         return state
 
+    def state_dict(self, is_loading: bool = False) -> dict[str, Any]:
+        """This rank's whole state, for this rank of as many; tensors are references to live state.
+
+        `sharded_state_dict` is what loads under any parallelism.
+
+        Args:
+            is_loading: accepted for Megatron's sake; nothing has to be allocated first.
+        """
+        self._check_present()
+        place = (dist.get_rank(), dist.get_world_size())
+        return {**self._common_state(), "place": place, "state": export_own(self.owned)}
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restore what `sharded_state_dict` saved, tensors included where they were loaded; no collective."""
-        import_groups(self.param_groups, state_dict["param_groups"])
+        """Restore what `state_dict` or `sharded_state_dict` saved; no collective.
+
+        A group's options are the checkpoint's, as with Megatron's optimizers; what of this run's gives way is printed.
+
+        Raises:
+            ValueError: the state has no tensors, or belongs to another rank or to other parameters.
+        """
+        self._check_present()
+        if "param_state" in state_dict:
+            import_shards(self.owned, state_dict["param_state"], state_dict["step"])
+        elif "state" in state_dict and "place" in state_dict:
+            import_own(self.owned, state_dict, (dist.get_rank(), dist.get_world_size()))
+        elif self.owned:
+            raise ValueError("the state dict has no tensors of distributed_muon: save with --ckpt-format torch_dist")
+        said = import_groups(self.param_groups, state_dict["param_groups"])
+        if dist.get_rank() == 0 and said:
+            print("\n".join(said), flush=True)
         if self.grad_scaler is not None and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
         self.steps = state_dict["step"]
-        if "param_state" in state_dict:
-            import_shards(self.shards, state_dict["param_state"], self.steps)
-            for part in self.parts:
-                part.write_parameters()
+        for domain in self.domains:
+            domain.publish()
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False, metadata: Any = None, **_: Any
@@ -290,67 +315,27 @@ class MegatronMuon(MegatronOptimizer):
 
         Args:
             model_sharded_state_dict: of the model chunks; its keys and offsets are taken over.
-            is_loading: request what to load, without data. metadata: accepted; the one format has no choices.
+            is_loading: request what to load, without data.
+            metadata: Megatron's; the one format serves every "distrib_optim_sharding_type" of torch_dist.
+
+        Raises:
+            ValueError: metadata of another checkpoint format, or a parameter that the model's state lacks.
         """
+        self._check_present()
+        if (metadata or {}).get("distrib_optim_sharding_type") == "fsdp_dtensor":
+            raise ValueError("the optimizer has no fsdp_dtensor checkpoint: use --ckpt-format torch_dist")
         tensors = {}
-        for part in self.parts:
-            tensors |= export_shards(part, model_sharded_state_dict, is_loading)
-        return {**self.state_dict(), "param_state": tensors}
+        for domain in self.domains:
+            tensors |= export_shards(domain, model_sharded_state_dict, is_loading)
+        return {**self._common_state(), "param_state": tensors}
 
     def save_parameter_state(self, filename: str) -> None:
         """Refused: it writes Megatron's old format, bound to the number of ranks."""
         raise ValueError("the optimizer has no torch-format checkpoint: use --ckpt-format torch_dist")
 
-    load_parameter_state = save_parameter_state
-
-
-def _refuse_options(config: OptimizerConfig, model_chunks: Sequence[nn.Module], dump: str | None) -> None:
-    """Raise a ValueError for options that would be ignored or train wrongly."""
-    ddp = getattr(model_chunks[0], "ddp_config", None)
-    if ddp is None:
-        raise ValueError("model_chunks must be wrapped in megatron.core's DistributedDataParallel")
-    model = model_chunks[0].config
-    wrong = {
-        "use_distributed_optimizer=False": not ddp.use_distributed_optimizer or not config.use_distributed_optimizer,
-        f"optimizer={config.optimizer!r}": config.optimizer != "adam",
-        "decoupled_weight_decay=False": not config.decoupled_weight_decay,
-        "overlap_param_gather_with_optimizer_step": config.overlap_param_gather_with_optimizer_step,
-        "use_precision_aware_optimizer": config.use_precision_aware_optimizer,
-        "optimizer_cpu_offload": config.optimizer_cpu_offload,
-        "use_layer_wise_distributed_optimizer": getattr(config, "use_layer_wise_distributed_optimizer", False),
-        "optimizer_cuda_graph": getattr(config, "optimizer_cuda_graph", False),
-        "use_megatron_fsdp": getattr(ddp, "use_megatron_fsdp", False),
-        "num_distributed_optimizer_instances > 1": ddp.num_distributed_optimizer_instances > 1,
-        "reuse_grad_buf_for_mxfp8_param_ag": ddp.reuse_grad_buf_for_mxfp8_param_ag,
-        "fp8_param_gather": ddp.fp8_param_gather,
-        "qk_clip (it scales whole masters)": getattr(model, "qk_clip", False),
-        "dump_param_to_param_group_map": dump is not None,
-    }
-    for option, found in wrong.items():
-        if found:
-            raise ValueError(
-                f"{option} is not supported by get_distributed_muon_optimizer: set optimizer='adam' with "
-                "use_distributed_optimizer=True and leave the other options at their defaults"
-            )
-
-
-def _split_groups(
-    groups: Sequence[Mapping[str, Any]],
-    members: Sequence[MarkedParameter],
-    config: OptimizerConfig,
-    options: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """Megatron's groups, each divided by algorithm; equal on every rank, so some may be empty here."""
-    algorithm_of = {id(m.param): "adamw" if m.spec.rule is None else "muon" for m in members}
-    split = []
-    for group in groups:
-        for algorithm in ("muon", "adamw"):
-            chosen = [param for param in group["params"] if algorithm_of[id(param)] == algorithm]
-            rates = {"lr": group["max_lr"], "weight_decay": config.weight_decay * group["wd_mult"]}
-            split.append({**rates, **group, **options, "params": chosen, "algorithm": algorithm})
-            check_group(len(split) - 1, split[-1])
-    used = Collectives(None).gather_objects([bool(group["params"]) for group in split])
-    return [group for number, group in enumerate(split) if any(flags[number] for flags in used)]
+    def load_parameter_state(self, filename: str, *, update_legacy_format: bool = False) -> None:
+        """Refused likewise."""
+        self.save_parameter_state(filename)
 
 
 def _options_of(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ loading rank asks for the parameters of which it owns something and keeps its ow
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,27 +16,32 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.integrations.megatron_domain import MOMENTS, DomainStep, MasterShard
-from distributed_muon.integrations.megatron_params import MarkedParameter
+from distributed_muon.engine.state import OwnedParameter
+from distributed_muon.integrations.megatron_layout import Domain
+from distributed_muon.layout.pieces import Shard
 
 MASTER = "fp32_param"
 _PREFIX = "distributed_muon"
-_GROUP_KEYS = ("algorithm", "wd_mult", "lr_mult", "is_decoupled_lr")
+# What makes a saved group that of this run: all that Megatron goes by (fewer in 0.16), but experts may be dense there.
+_IDENTITY = ("algorithm", *sorted({*ParamGroupOverride.__annotations__, "optimizer", "lr_mult", "is_decoupled_lr"}))
+_SCHEDULED = ("lr", "weight_decay")
 
 Sharded = ShardedTensor | ShardedTensorFactory
 
 
-def saved_keys(member: MarkedParameter) -> tuple[str, ...]:
-    """State of a parameter that a checkpoint holds; its master only where that is not the parameter."""
-    moments = MOMENTS["adamw" if member.spec.rule is None else "muon"]
-    return moments if member.param.dtype == torch.float32 else (*moments, MASTER)
+def saved_state(parameter: OwnedParameter) -> dict[str, Tensor]:
+    """fp32 1-D state of a parameter that a checkpoint holds; its master only where that is not the parameter."""
+    named = {MASTER if key == "master" else key: value for key, value in parameter.saved.items()}
+    named.pop("step", None)
+    return named
 
 
 def export_shards(
-    part: DomainStep, model_sharded_state_dict: Mapping[str, Any], is_loading: bool, prefix: str = _PREFIX
+    domain: Domain, model_sharded_state_dict: Mapping[str, Any], is_loading: bool, prefix: str = _PREFIX
 ) -> dict[str, dict[str, Sharded]]:
     """{parameter name: {state: sharded tensor}} of what this rank writes, or asks for.
 
@@ -49,64 +54,98 @@ def export_shards(
         ValueError: it lacks a parameter.
     """
     by_param = _by_parameter(model_sharded_state_dict)
-    owners = _owners(part)
-    data_rank = part.domain.coordinates[part.collectives.rank][0]
+    owners, data_rank = _owners(domain), domain.ranks.data_rank
     whole: dict[str, dict[int, Tensor]] = {}
     if not is_loading:
         for key in ("momentum_buffer", "exp_avg", "exp_avg_sq", MASTER):
-            whole[key] = _gather_to_owners(part, key, owners, data_rank)
-        wanted = sorted({tensor for tensors in whole.values() for tensor in tensors})
-    else:
-        wanted = [shard.tensor for shard in part.shards]
+            whole[key] = _gather_to_owners(domain, key, owners)
+    held = {tensor for tensors in whole.values() for tensor in tensors}
     tensors: dict[str, dict[str, Sharded]] = {}
-    for tensor in wanted:
-        member = part.members[tensor]
-        if member.param not in by_param:
+    for parameter in domain.owned if is_loading else [domain.engine.parameters[tensor] for tensor in sorted(held)]:
+        if parameter.param not in by_param:
             raise ValueError(
-                f"the model's sharded state dict lacks parameter {member.name!r}: pass that of every chunk"
+                f"the model's sharded state dict lacks parameter {parameter.name!r}: pass that of every chunk"
             )
-        like = by_param[member.param]
-        copy = 0 if owners[tensor] == data_rank else 1 + data_rank
-        tensors[member.name] = {
-            key: _like(like, f"{prefix}.{key}", whole[key][tensor] if whole else _empty(member.param), copy)
-            for key in saved_keys(member)
+        like = by_param[parameter.param]
+        copy = 0 if owners[parameter.tensor] == data_rank else 1 + data_rank
+        tensors[parameter.name] = {
+            key: _like(
+                like, f"{prefix}.{key}", whole[key][parameter.tensor] if whole else _empty(parameter.param), copy
+            )
+            for key in saved_state(parameter)
         }
     return tensors
 
 
 def import_shards(
-    shards: Sequence[MasterShard], loaded: Mapping[str, Mapping[str, Tensor]], step: int, partial: bool = False
+    owned: Sequence[OwnedParameter], loaded: Mapping[str, Mapping[str, Tensor]], step: int, partial: bool = False
 ) -> None:
     """Copy this rank's elements out of whole parameters' state.
 
     Args:
         step: AdamW's. partial: let state that was not loaded start from zero, and masters from the parameters.
     """
-    for shard in shards:
-        values = loaded.get(shard.member.name, {})
-        for key in saved_keys(shard.member):
-            target = shard.master if key == MASTER else shard.state[key]
+    for parameter in owned:
+        values = loaded.get(parameter.name, {})
+        for key, target in saved_state(parameter).items():
             if key in values:
-                target.copy_(values[key].reshape(-1)[shard.start : shard.stop])
+                target.copy_(values[key].reshape(-1)[parameter.start : parameter.stop])
             elif not partial:
-                raise ValueError(f"the checkpoint has no {key} of parameter {shard.member.name!r}")
+                raise ValueError(f"the checkpoint has no {key} of parameter {parameter.name!r}")
             elif key == MASTER:
-                target.copy_(shard.own)
+                target.copy_(parameter.values)
             else:
                 target.zero_()
-        if "step" in shard.state:
-            shard.state["step"].fill_(step if not partial or "exp_avg" in values else 0)
+        if "step" in parameter.state:
+            parameter.state["step"].fill_(step if not partial or "exp_avg" in values else 0)
 
 
-def import_groups(param_groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Restore the options of every group from the saved one of its kind; experts may be dense after resharding."""
-    for group in param_groups:
-        kind = [group[key] for key in _GROUP_KEYS]
-        alike = [other for other in saved if [other[key] for key in _GROUP_KEYS] == kind]
+def export_own(owned: Sequence[OwnedParameter]) -> dict[str, dict[str, Any]]:
+    """The state of this rank's elements by parameter name; references to live tensors."""
+    return {parameter.name: {"shard": (parameter.start, parameter.stop), **parameter.saved} for parameter in owned}
+
+
+def import_own(owned: Sequence[OwnedParameter], saved: Mapping[str, Any], place: tuple[int, int]) -> None:
+    """Copy what `export_own` returned back, bit by bit.
+
+    Raises:
+        ValueError: it belongs to another rank, world size or cut of the buffers; nothing was changed.
+    """
+    mine = {name: (state["shard"], set(state)) for name, state in export_own(owned).items()}
+    theirs = {name: (tuple(state["shard"]), set(state)) for name, state in saved["state"].items()}
+    if tuple(saved["place"]) != place or mine != theirs:
+        raise ValueError(
+            "state_dict() belongs to one rank of one parallelism, and this is another: save sharded_state_dict()"
+        )
+    for parameter in owned:
+        for key, value in parameter.saved.items():
+            value.copy_(saved["state"][parameter.name][key])
+
+
+def import_groups(param_groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Restore the options of every group from the saved one of its identity.
+
+    Returns:
+        A line for every option of this run that gives way, and for every group that the checkpoint does not have and
+        that keeps this run's options.
+    """
+    said = []
+    for number, group in enumerate(param_groups):
+        alike = [other for other in saved if all(other.get(key) == group.get(key) for key in _IDENTITY)]
         if not alike:
-            raise ValueError(f"the saved state has no parameter group with {dict(zip(_GROUP_KEYS, kind, strict=True))}")
-        same = next((o for o in alike if o["is_expert_parallel"] == group["is_expert_parallel"]), alike[0])
-        group.update({key: value for key, value in same.items() if key != "is_expert_parallel"})
+            known = ", ".join(f"{key}={group[key]}" for key in _IDENTITY if group.get(key) is not None)
+            said.append(f"the checkpoint has no parameter group with {known}: group {number} keeps this run's options")
+            continue
+        same = max(alike, key=lambda other: sum(other.get(key) == value for key, value in group.items()))
+        kept = {key: value for key, value in same.items() if key != "is_expert_parallel"}
+        said += [
+            f"{key}={value} of parameter group {number} ({group['algorithm']}) is the checkpoint's; {group[key]} of "
+            "this run is not used"
+            for key, value in kept.items()
+            if key in group and key not in _SCHEDULED and group[key] != value
+        ]
+        group.update(kept)
+    return said
 
 
 def load_megatron_checkpoint(path: str, optimizer: Any, model_sharded_state_dict: Mapping[str, Any]) -> str:
@@ -129,8 +168,8 @@ def load_megatron_checkpoint(path: str, optimizer: Any, model_sharded_state_dict
     child = optimizer.chained_optimizers[0]
     saved = set(dist_checkpointing.load_tensors_metadata(path))
     request: dict[str, dict[str, Sharded]] = {}
-    for part in child.parts:
-        for name, state in export_shards(part, model_sharded_state_dict, True, prefix="optimizer.state").items():
+    for domain in child.domains:
+        for name, state in export_shards(domain, model_sharded_state_dict, True, prefix="optimizer.state").items():
             found = {key: _in_checkpoint(sharded, saved) for key, sharded in state.items()}
             request[name] = {key: sharded for key, sharded in found.items() if sharded is not None}
     kept = Counter(key for state in request.values() for key in state)
@@ -139,17 +178,13 @@ def load_megatron_checkpoint(path: str, optimizer: Any, model_sharded_state_dict
     loaded = dist_checkpointing.load(request, path, validate_access_integrity=False)
     step = _find_step(dist_checkpointing.load_common_state_dict(path))
     with torch.no_grad():
-        import_shards(child.shards, loaded, step, partial=True)
-        for part in child.parts:
-            part.write_parameters()
+        import_shards(child.owned, loaded, step, partial=True)
+        for domain in child.domains:
+            domain.publish()
     child.steps = step
-    wanted = Counter(key for name in request for key in saved_keys(_member(child, name)))
+    wanted = Counter(key for parameter in child.owned for key in saved_state(parameter))
     told = ", ".join(f"{key} of {kept[key]}/{count}" for key, count in sorted(wanted.items()))
     return f"kept from {path}: {told} parameters; what was missing starts at zero (masters: at the parameters)"
-
-
-def _member(child: Any, name: str) -> MarkedParameter:
-    return next(member for member in child.members if member.name == name)
 
 
 def _in_checkpoint(sharded: Sharded, saved: set[str]) -> Sharded | None:
@@ -202,40 +237,36 @@ def _empty(param: Tensor) -> Tensor:
     return torch.empty(param.shape, dtype=torch.float32, device=param.device)
 
 
-def _owners(part: DomainStep) -> list[int]:
+def _owners(domain: Domain) -> list[int]:
     """Per parameter, the data-parallel rank that holds most of it."""
-    held: list[dict[int, int]] = [{} for _ in part.members]
-    for rank, shards in enumerate(part.cut):
+    held: list[dict[int, int]] = [{} for _ in domain.members]
+    for rank, shards in enumerate(domain.cut):
         for shard in shards:
             held[shard.tensor][rank] = held[shard.tensor].get(rank, 0) + shard.stop - shard.start
     return [max(ranks, key=lambda rank: (ranks[rank], -rank)) for ranks in held]
 
 
-def _gather_to_owners(part: DomainStep, key: str, owners: Sequence[int], data_rank: int) -> dict[int, Tensor]:
-    """The whole local state of the parameters this rank owns; collective over the data-parallel group."""
-    wanted = [key in saved_keys(member) for member in part.members]
-    mine = {shard.tensor: shard.master if key == MASTER else shard.state.get(key) for shard in part.shards}
-    sends = [[s for s in part.cut[data_rank] if wanted[s.tensor] and owners[s.tensor] == peer] for peer in _ranks(part)]
-    recvs = [[s for s in part.cut[peer] if wanted[s.tensor] and owners[s.tensor] == data_rank] for peer in _ranks(part)]
-    outgoing = [mine[shard.tensor] for shards in sends for shard in shards]
-    sent = torch.cat(outgoing) if outgoing else torch.empty(0, device=part.device)
-    received = torch.empty(sum(_count(shards) for shards in recvs), device=part.device)
-    Collectives(part.domain.data_parallel).all_to_all(
-        received, sent, [_count(shards) for shards in recvs], [_count(shards) for shards in sends]
+def _gather_to_owners(domain: Domain, key: str, owners: Sequence[int]) -> dict[int, Tensor]:
+    """The whole local state of the parameters this rank owns most of; collective over the data-parallel group."""
+    parameters, data_rank = domain.engine.parameters, domain.ranks.data_rank
+    states = [saved_state(parameter) for parameter in parameters]
+    wanted = [key in state for state in states]
+    ranks = range(len(domain.cut))
+    sends = [[s for s in domain.cut[data_rank] if wanted[s.tensor] and owners[s.tensor] == peer] for peer in ranks]
+    recvs = [[s for s in domain.cut[peer] if wanted[s.tensor] and owners[s.tensor] == data_rank] for peer in ranks]
+    device = domain.engine.device
+    sent = torch.cat([torch.empty(0, device=device), *(states[s.tensor][key] for shards in sends for s in shards)])
+    received = torch.empty(sum(map(_count, recvs)), device=device)
+    Collectives(domain.ranks.data_parallel).all_to_all(
+        received, sent, list(map(_count, recvs)), list(map(_count, sends))
     ).wait()
     whole: dict[int, Tensor] = {}
-    at = 0
-    for shard in (shard for shards in recvs for shard in shards):
-        param = part.members[shard.tensor].param
-        flat = whole.setdefault(shard.tensor, _empty(param).view(-1))
-        flat[shard.start : shard.stop] = received[at : at + shard.stop - shard.start]
-        at += shard.stop - shard.start
+    arrived = [shard for shards in recvs for shard in shards]
+    for shard, values in zip(arrived, received.split([s.stop - s.start for s in arrived]), strict=True):
+        flat = whole.setdefault(shard.tensor, _empty(parameters[shard.tensor].param).view(-1))
+        flat[shard.start : shard.stop] = values
     return whole
 
 
-def _ranks(part: DomainStep) -> Iterator[int]:
-    return iter(range(len(part.cut)))
-
-
-def _count(shards: Sequence[Any]) -> int:
+def _count(shards: Sequence[Shard]) -> int:
     return sum(shard.stop - shard.start for shard in shards)

@@ -1,4 +1,4 @@
-"""Megatron's DDP buffers read as a layout over a rank domain, and (0.19) a buffer layout that few matrices straddle.
+"""Megatron's DDP buffers read as parts over a rank domain, and (0.19) a buffer layout that few matrices straddle.
 
 Every bucket of a buffer is cut into equal shards over its data-parallel group. The domain of a buffer is that
 group times the tensor-parallel one: its ranks together hold one copy of the matrices of a pipeline stage.
@@ -7,24 +7,29 @@ group times the tensor-parallel one: its ranks together hold one copy of the mat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.options import Options
+from distributed_muon.engine.state import Member, OwnedParameter, Part
+from distributed_muon.engine.step import ShardedStep
 from distributed_muon.integrations.megatron_params import MarkedParameter
 from distributed_muon.layout.cutting import Bucket, cut_buckets, make_buckets
-from distributed_muon.layout.pieces import Layout, Shard
+from distributed_muon.layout.pieces import Shard
 
 _START = 64  # elements; Megatron aligns parameter starts to it
 _PADDING = 1.02  # of a bucket, that whole parameters on ranks are worth
 
 
 @dataclass(frozen=True)
-class Domain:
+class Ranks:
     """The ranks that hold one copy of some parameters.
 
     Args:
@@ -37,8 +42,77 @@ class Domain:
     data_parallel: dist.ProcessGroup
     coordinates: tuple[tuple[int, int], ...]
 
+    @property
+    def data_rank(self) -> int:
+        """Of this rank."""
+        return dist.get_rank(self.data_parallel)
 
-def make_domain(buffers: Sequence[Any], tensor_parallel: dist.ProcessGroup) -> Domain | None:
+    @property
+    def world_ranks(self) -> list[int]:
+        """The domain's ranks, by their numbers in the world."""
+        return dist.get_process_group_ranks(self.group)
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    """The dense or the expert parameters of this rank, and the step that updates them.
+
+    Args:
+        members: the parameters in registration order, the same on all ranks.
+        ranks: that hold them. engine: the step over these ranks, attached.
+        cut: every data-parallel rank's shards. gradients: per part of the engine, its run of the DDP gradient buffer.
+    """
+
+    members: Sequence[MarkedParameter]
+    ranks: Ranks
+    engine: ShardedStep
+    cut: Sequence[Sequence[Shard]]
+    gradients: Sequence[Tensor]
+
+    @property
+    def owned(self) -> list[OwnedParameter]:
+        """The parameters of which this rank owns something."""
+        return [parameter for parameter in self.engine.parameters if parameter.part is not None]
+
+    @property
+    def flops_by_rank(self) -> dict[int, int]:
+        """Newton-Schulz FLOPs per step that the plan gives to each rank of the world."""
+        return dict(zip(self.ranks.world_ranks, self.engine.plan.ns_flops_by_rank, strict=True))
+
+    def mark_masters(self) -> None:
+        """Tell Megatron's norm and zero counting, which go by attributes, which elements count.
+
+        Counted elements are marked as a tensor-parallel cut and the others as shared: right for any TP, ETP and EP,
+        where Megatron's own marks are read against one of the groups.
+        """
+        _, tensor_rank = self.ranks.coordinates[self.engine.collectives.rank]
+        for member, parameter in zip(self.members, self.engine.parameters, strict=True):
+            param, master = member.param, parameter.master
+            if param.dtype != torch.float32:  # what Megatron's parameter norm reads
+                param.main_param = master if parameter.part is not None else None
+                param.main_param_sharded = True
+            if parameter.part is not None:
+                counted = tensor_rank == 0 or not member.replicated
+                master.shared = getattr(param, "shared", False) or not counted
+                master.tensor_model_parallel = counted
+                for name in ("allreduce", "grad_norm_group"):
+                    if hasattr(param, name):
+                        setattr(master, name, getattr(param, name))
+
+    def publish(self) -> None:
+        """Round the masters into this rank's slices of the parameter buffers."""
+        for part in self.engine.parts:
+            part.publish()
+
+    def take_gradients(self) -> None:
+        """Let the parts and masters see the reduced mean gradient in fp32: a view of the DDP buffer if that is fp32."""
+        for part, grad in zip(self.engine.parts, self.gradients, strict=True):
+            part.grad = grad.float()
+        for parameter in self.owned:
+            parameter.master.grad = parameter.grad
+
+
+def find_ranks(buffers: Sequence[Any], tensor_parallel: dist.ProcessGroup) -> Ranks | None:
     """The domain of this rank's buffers of one kind; collective over the world.
 
     Args:
@@ -53,54 +127,87 @@ def make_domain(buffers: Sequence[Any], tensor_parallel: dist.ProcessGroup) -> D
     if data_parallel is not None:
         mine = (dist.get_process_group_ranks(data_parallel), dist.get_process_group_ranks(tensor_parallel))
     everyone: list[Any] = Collectives(None).gather_objects(mine)
-    domains = {}
+    groups = {}
     for view in everyone:
         if view is not None:
-            domains[tuple(sorted({rank for peer in view[1] for rank in everyone[peer][0]}))] = None
-    for ranks in sorted(domains):
+            groups[tuple(sorted({rank for peer in view[1] for rank in everyone[peer][0]}))] = None
+    for ranks in sorted(groups):
         shared = all(everyone[rank][0] == list(ranks) for rank in ranks)
         # The data-parallel group itself where nothing is cut by TP: no second communicator.
-        domains[ranks] = data_parallel if shared and dist.get_rank() in ranks else None
+        groups[ranks] = data_parallel if shared and dist.get_rank() in ranks else None
         if not shared:
-            domains[ranks] = dist.new_group(list(ranks))
+            groups[ranks] = dist.new_group(list(ranks))
     if mine is None:
         return None
-    ranks = next(ranks for ranks in domains if dist.get_rank() in ranks)
-    order = dist.get_process_group_ranks(domains[ranks])
+    group = next(group for ranks, group in groups.items() if dist.get_rank() in ranks)
+    order = dist.get_process_group_ranks(group)
     coordinates = tuple((everyone[rank][0].index(rank), everyone[rank][1].index(rank)) for rank in order)
-    return Domain(domains[ranks], data_parallel, coordinates)
+    return Ranks(group, data_parallel, coordinates)
 
 
-def read_buffers(
-    buffers: Sequence[Any], members: Sequence[MarkedParameter], domain: Domain
-) -> tuple[Layout, list[list[Shard]]]:
-    """The layout that the buckets' shards make over the domain.
+def build_domain(
+    ranks: Ranks,
+    members: Sequence[MarkedParameter],
+    groups: Sequence[int],
+    buffers: Sequence[Any],
+    param_groups: Sequence[Mapping[str, Any]],
+    options: Options,
+    busy: Mapping[int, int],
+) -> Domain:
+    """The step over this rank's parts of the buffers; collective over the domain.
+
+    A part is a run of neighbouring shards of one algorithm inside this rank's 1/DP of a bucket: its masters are the
+    parameter buffer itself where that is fp32.
 
     Args:
-        buffers: DDP buffers. members: their parameters, in registration order.
-
-    Returns:
-        The layout, and the shards by data-parallel rank.
+        members: the buffers' parameters, in registration order. groups: per member, the index of its group.
+        param_groups, options: as `ShardedStep` takes them.
+        busy: FLOPs that the plan of another domain gave to each rank of the world.
 
     Raises:
         ValueError: a tied embedding shares its bucket, so that its copies would be cut differently.
+        RuntimeError: ranks disagree about a parameter.
     """
+    trained = [Member(m.spec, m.param, group) for m, group in zip(members, groups, strict=True)]
+    device = buffers[0].grad_data.device
+    engine = ShardedStep(trained, param_groups, options, Collectives(ranks.group), device)
+    size = dist.get_world_size(ranks.data_parallel)
+    cut: list[list[Shard]] = [[] for _ in range(size)]
+    parts, gradients = [], []
+    for bucket, memory in _buckets(buffers, members):
+        shards = cut_buckets([bucket], [member.spec.numel for member in members], size)
+        for held, new in zip(cut, shards, strict=True):
+            held += new
+        place = dict(zip(bucket.tensors, bucket.offsets, strict=True))
+        for _, run in groupby(shards[ranks.data_rank], key=lambda shard: members[shard.tensor].spec.rule is None):
+            own = list(run)
+            starts = [place[shard.tensor] + shard.start for shard in own]
+            here = slice(starts[0], place[own[-1].tensor] + own[-1].stop)
+            parts.append(Part.over(own, [start - starts[0] for start in starts], memory.param_data[here]))
+            gradients.append(memory.grad_data[here])
+    held = [cut[data] for data, _ in ranks.coordinates]
+    flops = [busy.get(rank, 0) for rank in ranks.world_ranks]
+    engine.attach(held, parts, [tensor for _, tensor in ranks.coordinates], flops)
+    domain = Domain(members, ranks, engine, cut, gradients)
+    domain.mark_masters()
+    return domain
+
+
+def _buckets(buffers: Sequence[Any], members: Sequence[MarkedParameter]) -> list[tuple[Bucket, Any]]:
+    """Every bucket with Megatron's own, which has its memory."""
     number = {member.param: tensor for tensor, member in enumerate(members)}
-    buckets = []
+    found = []
     for buffer in buffers:
         for bucket in buffer.buckets:
             placed = sorted(
                 (buffer.param_index_map[param][0] - bucket.offset, number[param]) for param in bucket.params_list
             )
             offsets, tensors = zip(*placed, strict=True)
-            buckets.append(Bucket(tensors, offsets, bucket.grad_data.numel()))
+            found.append((Bucket(tensors, offsets, bucket.grad_data.numel()), bucket))
             tied = [members[t].name for t in tensors if getattr(members[t].param, "shared_embedding", False)]
             if tied and len(tensors) > 1:
                 raise ValueError(f"parameter {tied[0]!r} is tied over pipeline stages but not alone in its bucket")
-    specs = [member.spec for member in members]
-    shards = cut_buckets(buckets, [spec.numel for spec in specs], dist.get_world_size(domain.data_parallel))
-    held = [shards[data] for data, _ in domain.coordinates]
-    return Layout.build(specs, held, [tensor for _, tensor in domain.coordinates]), shards
+    return found
 
 
 def shard_aligned_param_layout(

@@ -7,6 +7,7 @@ every release. A matrix that no entry declares is refused by name, for a fused o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from distributed_muon.engine.collectives import Collectives
 from distributed_muon.layout.matrices import QKV, Experts, MatrixRule, Split, TensorSpec, Whole
 
 Override = str | MatrixRule  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
@@ -31,7 +33,7 @@ class MarkedParameter:
     """A parameter, and what its module and marks say of it.
 
     Args:
-        name: without wrappers; of several model chunks, with the chunk's number in front.
+        name: without wrappers, with layers and experts numbered over the whole model, whatever PP, VPP and EP are.
         param: the model's parameter.
         spec: its matrices and TP cut; without a rule it goes to AdamW.
         expert: reduced over the expert-data-parallel group (allreduce=False).
@@ -70,27 +72,33 @@ def read_parameters(
     tensor_parallel: TensorParallel,
     overrides: Mapping[str, Override],
     adjust_lr_fn: str = "match_rms_adamw",
+    chosen: Mapping[nn.Parameter, str] | None = None,
 ) -> list[MarkedParameter]:
     """Every trainable parameter of the chunks once, in registration order.
 
     Args:
         model_chunks: DDP-wrapped model chunks of this rank.
         tensor_parallel: sizes of the TP groups.
-        overrides: fnmatch pattern of names -> "muon", "adamw" or a rule; the last match counts.
+        overrides: fnmatch pattern of (global) names -> "muon", "adamw" or a rule; the last match counts.
         adjust_lr_fn: the scale rule, to refuse matrices it cannot be applied to.
+        chosen: "muon" or "adamw" by parameter, where `config_overrides` says it; `overrides` win.
 
     Raises:
         ValueError: a matrix that nothing declares, or a cut that is not supported, by name.
     """
     found: dict[nn.Parameter, MarkedParameter] = {}
+    taken: set[str] = set()
     for index, chunk in enumerate(model_chunks):
-        prefix = f"model{index}." if len(model_chunks) > 1 else ""
-        declared = _declarations(chunk)
+        declared, numbers = _declarations(chunk), _global_numbers(chunk)
         for wrapped, param in chunk.named_parameters():
             if param.requires_grad and param not in found:
                 module = chunk.get_submodule(wrapped.rpartition(".")[0])
-                name = prefix + _unwrapped(wrapped)
-                found[param] = _read(name, param, module, declared.get(param), tensor_parallel, overrides)
+                name = unwrapped(_renumbered(wrapped, numbers))
+                name = f"model{index}.{name}" if name in taken else name
+                taken.add(name)
+                asked = {name: chosen[param]} if chosen and param in chosen else {}
+                asked |= {pattern: rule for pattern, rule in overrides.items() if fnmatchcase(name, pattern)}
+                found[param] = _read(name, param, module, declared.get(param), tensor_parallel, asked)
                 if adjust_lr_fn == "original" and param in declared and declared[param].transposed:
                     raise ValueError(
                         f"parameter {name!r} stores its matrices transposed, so adjust_lr_fn='original' would see "
@@ -99,9 +107,48 @@ def read_parameters(
     return list(found.values())
 
 
-def _unwrapped(name: str) -> str:
+def check_overrides(overrides: Mapping[str, Override], members: Sequence[MarkedParameter], world: Collectives) -> None:
+    """Raise a ValueError on every rank for a pattern that matches no parameter of any; collective over `world`."""
+    mine = [any(fnmatchcase(member.name, pattern) for member in members) for pattern in overrides]
+    for pattern, *found in zip(overrides, *world.gather_objects(mine), strict=True):
+        if not any(found):
+            raise ValueError(
+                f"overrides pattern {pattern!r} matches no parameter: names are those of the whole model, such as "
+                f"{members[len(members) // 2].name!r}"
+            )
+
+
+def unwrapped(name: str) -> str:
+    """The name below DDP and Float16Module."""
     while name.startswith("module."):
         name = name.removeprefix("module.")
+    return name
+
+
+def _global_numbers(chunk: nn.Module) -> dict[str, int]:
+    """Number in the whole model of every layer, and of the first expert of every MoE layer, by the module's name."""
+    numbers = {}
+    for prefix, module in chunk.named_modules():
+        if getattr(module, "local_expert_indices", None):
+            numbers[f"{prefix}.experts"] = module.local_expert_indices[0]
+        elif isinstance(getattr(module, "layer_number", None), int):
+            numbers[prefix] = module.layer_number - 1  # Megatron counts from 1
+    return numbers
+
+
+def _renumbered(name: str, numbers: Mapping[str, int]) -> str:
+    experts = re.match(r".*\.experts(?=\.)", name)
+    if experts and experts[0] in numbers:  # local_experts.<number>.linear_fc1.weight, or linear_fc1.weight<number>
+        first = numbers[experts[0]]
+        tail = re.sub(
+            r"(?<=^\.local_experts\.)\d+|(?<=\.weight)\d+$|(?<=\.bias)\d+$",
+            lambda local: str(int(local[0]) + first),
+            name[experts.end() :],
+        )
+        name = experts[0] + tail
+    layer = re.match(r"(.*?\blayers\.)\d+(?=\.)", name)
+    if layer and layer[0] in numbers:
+        name = f"{layer[1]}{numbers[layer[0]]}{name[layer.end() :]}"
     return name
 
 
@@ -111,7 +158,7 @@ def _read(
     module: nn.Module,
     declared: Declared | None,
     tensor_parallel: TensorParallel,
-    overrides: Mapping[str, Override],
+    asked: Mapping[str, Override],
 ) -> MarkedParameter:
     expert = not getattr(param, "allreduce", True)
     size = tensor_parallel.expert if expert else tensor_parallel.dense
@@ -125,7 +172,7 @@ def _read(
         raise ValueError(f"parameter {name!r} is sharded by GTP weight rematerialization: set its size to 1")
     marked_dim = getattr(param, "partition_dim", -1) if getattr(param, "tensor_model_parallel", False) else -1
     cut = size > 1 and bool(getattr(param, "tensor_model_parallel", False))
-    rule, declared, reason = _decide(name, param, module, declared, overrides)
+    rule, declared, reason = _decide(name, param, module, declared, asked)
     if rule is None:
         return MarkedParameter(name, param, TensorSpec(name, tuple(param.shape)), expert, not cut, reason)
     shape = declared.view or tuple(param.shape)
@@ -155,13 +202,12 @@ def _read(
 
 
 def _decide(
-    name: str, param: Tensor, module: nn.Module, declared: Declared | None, overrides: Mapping[str, Override]
+    name: str, param: Tensor, module: nn.Module, declared: Declared | None, asked: Mapping[str, Override]
 ) -> tuple[MatrixRule | Callable[[int], MatrixRule] | None, Declared, str]:
     """Rule (None: AdamW), declaration to read the cut by, and reason."""
     plain = declared or Declared(Whole())
-    asked = [(pattern, value) for pattern, value in overrides.items() if fnmatchcase(name, pattern)]
     if asked:
-        pattern, value = asked[-1]
+        pattern, value = list(asked.items())[-1]
         if value == "adamw":
             return None, plain, f"override {pattern!r}"
         if value == "muon":
@@ -191,7 +237,7 @@ def _declarations(chunk: nn.Module) -> dict[nn.Parameter, Declared]:
     """What the modules of a chunk declare, by parameter."""
     found: dict[nn.Parameter, Declared] = {}
     for prefix, module in chunk.named_modules():
-        for leaf, declared in _declared_by(module, _unwrapped(prefix)):
+        for leaf, declared in _declared_by(module, unwrapped(prefix)):
             param: Any = module
             for part in leaf.split("."):
                 param = getattr(param, part, None)

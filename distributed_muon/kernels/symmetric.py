@@ -104,7 +104,7 @@ def _launch(
     name: str, start: Tensor | None, x: Tensor, y: Tensor, alpha: float, beta: float, out: Tensor | None
 ) -> Tensor:
     if not (x.is_cuda or INTERPRETED):
-        raise ValueError(f"{name} got a tensor on {x.device}: it is a GPU kernel, use {name}_reference elsewhere")
+        raise ValueError(f"{name} got a tensor on {x.device}: it is a GPU kernel, use matmuls elsewhere")
     if x.ndim not in (2, 3) or x.dtype not in DTYPES:
         raise ValueError(f"{name} got {x.dtype} of shape {tuple(x.shape)}: give {_DTYPE_NAMES}, 2-D or stacked")
     rows, cols = x.shape[-2:]
@@ -150,23 +150,3 @@ def symmetric_addmm(
         out: of that shape and dtype, not overlapping them; a new tensor if None.
     """
     return _launch("symmetric_addmm", start, x, y, alpha, beta, out)
-
-
-def symmetric_polynomial(a: Tensor, b: float, c: float, out: Tensor | None = None) -> Tensor:
-    """b A + c A A of a symmetric A, as `symmetric_addmm`."""
-    return symmetric_addmm(a, a, a, beta=b, alpha=c, out=out)
-
-
-def xxt_reference(x: Tensor) -> Tensor:
-    """What `xxt` computes, in plain torch on any device."""
-    return (x.float() @ x.float().mT).to(x.dtype)
-
-
-def symmetric_addmm_reference(start: Tensor, x: Tensor, y: Tensor, *, beta: float, alpha: float = 1.0) -> Tensor:
-    """What `symmetric_addmm` computes, in plain torch on any device."""
-    return (beta * start.float() + alpha * (x.float() @ y.float())).to(x.dtype)
-
-
-def symmetric_polynomial_reference(a: Tensor, b: float, c: float) -> Tensor:
-    """What `symmetric_polynomial` computes, in plain torch on any device."""
-    return symmetric_addmm_reference(a, a, a, beta=b, alpha=c)

@@ -29,9 +29,7 @@ def ns_flops(rows: int, cols: int, steps: int, form: str) -> int:
         rows, cols: shape, either way round. steps: iterations. form: "standard" or "gram".
     """
     m, n = sorted((rows, cols))
-    if form == "standard":
-        return steps * (4 * m * m * n + 2 * m**3)
-    pairs, single = divmod(steps, 2)
+    pairs, single = divmod(steps, 2) if form == "gram" else (0, steps)
     return pairs * (4 * m * m * n + 10 * m**3) + single * (4 * m * m * n + 2 * m**3)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -79,24 +80,18 @@ def _fill_slots(tensors: Sequence[int], numels: Sequence[int], slot: int) -> lis
 
     Where none fits into the room left in a slot, the largest remaining one straddles into the next.
     """
-    left = sorted(tensors, key=lambda t: (-numels[t], t))
-    sizes = [-_padded(numels[t]) for t in left]
-    following = list(range(len(left) + 1))  # of a number in `left`, itself or one nearer to the next that is unpacked
-
-    def unpacked(number: int) -> int:
-        while following[number] != number:
-            following[number] = following[following[number]]
-            number = following[number]
-        return number
-
+    waiting: dict[int, list[int]] = defaultdict(list)  # tensors by padded size, the one to take next last
+    for tensor in sorted(tensors, key=lambda t: (numels[t], -t)):
+        waiting[_padded(numels[tensor])].append(tensor)
+    sizes = sorted(waiting)
     packed, at = [], 0
-    for _ in left:
-        pick = unpacked(bisect_left(sizes, at % slot - slot))
-        if pick == len(left):
-            pick = unpacked(0)
-        following[pick] = pick + 1
-        packed.append(left[pick])
-        at -= sizes[pick]
+    while sizes:
+        pick = bisect_right(sizes, slot - at % slot) - 1  # -1 where none fits: the largest of all
+        size = sizes[pick]
+        packed.append(waiting[size].pop())
+        at += size
+        if not waiting[size]:
+            del sizes[pick]
     return packed
 
 

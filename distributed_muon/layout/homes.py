@@ -5,8 +5,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from distributed_muon.layout.cost_model import NewtonSchulzCost
 from distributed_muon.layout.pieces import Layout
 from distributed_muon.layout.teams import seat
@@ -22,7 +20,7 @@ Homes = tuple[tuple[int, ...], ...]
 
 def all_holders(layout: Layout) -> Homes:
     """Every rank that holds a piece of a matrix is its home: the Moonlight report's Algorithm 1."""
-    return tuple(tuple(held) for held in _holders(layout))
+    return tuple(map(tuple, layout.holders))
 
 
 def one_home(layout: Layout, newton_schulz: NewtonSchulzCost, busy: Sequence[int] = ()) -> Homes:
@@ -41,22 +39,9 @@ def one_home(layout: Layout, newton_schulz: NewtonSchulzCost, busy: Sequence[int
     order = sorted((m for m in range(len(costs)) if m not in homes), key=lambda m: (-costs[m], m))
     free, makespan = _longest_first(order, costs, loads)
     allowed = makespan + makespan // _SLACK
-    near, reached = _longest_first(order, costs, loads, _holders(layout), allowed)
+    near, reached = _longest_first(order, costs, loads, layout.holders, allowed)
     homes.update(near if reached <= allowed else free)
     return tuple((homes[matrix],) for matrix in range(len(costs)))
-
-
-def _holders(layout: Layout) -> list[dict[int, int]]:
-    """For each matrix, the elements that each rank would have to send were it not the home, by rank."""
-    pieces, world = layout.columns, layout.world
-    keys = pieces.matrix * world + pieces.rank  # ascending, as the pieces are
-    begins = np.flatnonzero(np.diff(keys, prepend=-1))
-    numels = np.add.reduceat(pieces.numel, begins) if len(begins) else begins
-    holders: list[dict[int, int]] = [{} for _ in layout.matrices]
-    matrices, ranks = pieces.matrix[begins].tolist(), pieces.rank[begins].tolist()
-    for matrix, rank, numel in zip(matrices, ranks, numels.tolist(), strict=True):
-        holders[matrix][rank] = numel
-    return holders
 
 
 def _longest_first(

@@ -217,7 +217,7 @@ class TensorSpec:
         if self.rule is None:
             return []
         parts = self._ask(_parts, self.rule, self.shape, self.tp_dim, self.tp_size)
-        return [Matrix(self.name + suffix, *region.shape) for suffix, _, region in parts]
+        return [Matrix(self.name + suffix, rows, cols) for suffix, (rows, cols), _, _ in parts]
 
     def rectangles(self, tp_rank: int) -> tuple[Rectangle, ...]:
         """Where the elements held by `tp_rank` lie in the matrices, in the order of the local rows."""
@@ -237,8 +237,8 @@ class TensorSpec:
 @lru_cache(maxsize=4096)
 def _parts(
     rule: MatrixRule, shape: tuple[int, ...], tp_dim: int | None, tp_size: int
-) -> tuple[tuple[str, int, Region], ...]:
-    """(suffix of its name, stack index, region within one element of the stack) of each matrix."""
+) -> tuple[tuple[str, tuple[int, int], int, Region], ...]:
+    """(suffix of its name, shape, stack index, region within one element of the stack) of each matrix."""
     stack, rows, cols = rule.view(shape)
     rows *= tp_size if tp_dim == 0 else 1
     cols *= tp_size if tp_dim == 1 else 1
@@ -248,7 +248,7 @@ def _parts(
     for index in range(stack):
         for region in regions:
             tags = ([str(index)] if stack > 1 else []) + ([region.suffix] if region.suffix else [])
-            out.append((f"[{','.join(tags)}]" if tags else "", index, region))
+            out.append((f"[{','.join(tags)}]" if tags else "", region.shape, index, region))
     return tuple(out)
 
 
@@ -263,7 +263,7 @@ def _rectangles(
         for dim, extent in enumerate((rows, cols))
     )
     out = []
-    for matrix, (_, index, region) in enumerate(_parts(rule, shape, tp_dim, tp_size)):
+    for matrix, (_, _, index, region) in enumerate(_parts(rule, shape, tp_dim, tp_size)):
         row = 0
         for span in region.row_ranges:
             for local_row, top, height in _overlaps(row_map, span):

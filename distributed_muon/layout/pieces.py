@@ -21,11 +21,16 @@ from distributed_muon.layout.teams import cut_into_blocks
 
 
 class Shard(NamedTuple):
-    """Flat elements [start, stop) of rank-local tensor number `tensor`, held by one rank."""
+    """Flat elements [start, stop) of rank-local tensor number `tensor`, held by one rank.
+
+    Where several ranks hold the same elements (HSDP), one of them has `replica` 0: it sends them to the home and
+    counts them in norms, the others only get updates.
+    """
 
     tensor: int
     start: int
     stop: int
+    replica: int = 0
 
 
 class Piece(NamedTuple):
@@ -44,7 +49,7 @@ class Piece(NamedTuple):
     pitch: int
     rows: int
     cols: int
-    replica: int  # 0: the copy that travels to the home; others (TP-replicated tensors) only get updates
+    replica: int  # 0: the copy that travels to the home; others (of replicated tensors) only get updates
 
     @property
     def numel(self) -> int:
@@ -86,6 +91,15 @@ class Layout:
         return tuple(map(Piece._make, zip(*(column[numbers].tolist() for column in self.columns), strict=True)))
 
     @cached_property
+    def holders(self) -> list[dict[int, int]]:
+        """For each matrix, how many of its elements each rank holds, by rank."""
+        holders: list[dict[int, int]] = [{} for _ in self.matrices]
+        columns = (self.columns.matrix, self.columns.rank, self.columns.numel)
+        for matrix, rank, numel in zip(*(column.tolist() for column in columns), strict=True):
+            holders[matrix][rank] = holders[matrix].get(rank, 0) + numel
+        return holders
+
+    @cached_property
     def together(self) -> list[range]:
         """Matrix numbers that are orthogonalized together, in order: the blocks of a team, or one whole matrix."""
         runs, at = [], 0
@@ -113,26 +127,31 @@ class Layout:
             ValueError: the shards leave elements of a matrix out, or hold them twice.
         """
         tp_ranks = tuple(tp_ranks) if tp_ranks is not None else (0,) * len(shards)
-        tp = max(tp_ranks, default=0) + 1
         matrices: list[Matrix] = []
         tensor_of_matrix: list[int] = []
-        rectangles: list[tuple[int, ...]] = []  # (slot, width of the tensor, Rectangle) by slot: tensor and TP rank
-        at = 0
+        # The elements of all tensors with matrices stand on one line, those of a tensor that tensor parallelism cut
+        # once per TP rank. `lines` says where a tensor begins on it.
+        lines = np.full((len(tensors), max(tp_ranks, default=0) + 1), -1)
+        rectangles: list[tuple[int, ...]] = []
+        line = at = 0
         for number, spec in enumerate(tensors):
             whole = blocks = spec.matrices()
-            for tp_rank in range(tp if whole and spec.tp_size > 1 else bool(whole)):
+            for tp_rank in range(lines.shape[1] if spec.tp_size > 1 else 1) if whole else ():
                 found: Sequence[Rectangle] = spec.rectangles(tp_rank)
                 if team_sizes is not None:
                     blocks, found = cut_into_blocks(whole, found, team_sizes[at : at + len(whole)])
-                head = (number * tp + tp_rank, spec.view[2], len(matrices))
+                head = (line, spec.view[2], len(matrices))
                 rectangles += [head + rectangle for rectangle in found]
+                lines[number, tp_rank:] = line
+                line += spec.numel
             at += len(whole)
             matrices += blocks
             tensor_of_matrix += [number] * len(blocks)
-        columns = _pieces(tensors, shards, np.array(tp_ranks, int), matrices, _table(rectangles, 10))
-        layout = Layout(
-            tuple(tensors), tuple(map(tuple, shards)), tp_ranks, tuple(matrices), tuple(tensor_of_matrix), columns
-        )
+        replicated = np.array([spec.tp_size == 1 for spec in tensors], bool)
+        placed = _placed_shards(shards, np.array(tp_ranks, int), lines, replicated)
+        columns = _meet(placed, _placed_rectangles(rectangles, matrices))
+        own = tuple(map(tuple, shards))
+        layout = Layout(tuple(tensors), own, tp_ranks, tuple(matrices), tuple(tensor_of_matrix), columns)
         layout._check_coverage()
         return layout
 
@@ -152,94 +171,67 @@ class Layout:
                 )
 
 
-def expand(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The ranges [first[i], first[i] + count[i]) one after the other: for each element its i, and itself."""
-    owner = np.repeat(np.arange(len(count)), count)
-    before = np.cumsum(count) - count
-    return owner, np.arange(len(owner)) + (first - before)[owner]
-
-
 def _table(rows: Sequence[tuple[int, ...]], width: int) -> np.ndarray:
     """Rows of `width` numbers as `width` columns."""
     return np.fromiter(chain.from_iterable(rows), np.int64, len(rows) * width).reshape(-1, width).T
 
 
-def _pieces(
-    tensors: Sequence[TensorSpec],
-    shards: Sequence[Sequence[Shard]],
-    tp_ranks: np.ndarray,
-    matrices: Sequence[Matrix],
-    rectangles: np.ndarray,
-) -> Piece:
-    """Columns of the pieces: every shard meets the rectangles of its tensor.
+def _placed_shards(
+    shards: Sequence[Sequence[Shard]], tp_ranks: np.ndarray, lines: np.ndarray, replicated: np.ndarray
+) -> np.ndarray:
+    """Columns (start, stop, rank, number of the shard, replica) of the shards that stand on the line, see `build`."""
+    rank = np.repeat(np.arange(len(shards)), [len(own) for own in shards])
+    number = np.fromiter(chain.from_iterable(range(len(own)) for own in shards), np.int64, len(rank))
+    tensor, start, stop, replica = _table(list(chain.from_iterable(shards)), 4)
+    line, replica = lines[tensor, tp_ranks[rank]], replica + np.where(replicated[tensor], tp_ranks[rank], 0)
+    return np.stack([line + start, line + stop, rank, number, replica])[:, (line >= 0) & (start < stop)]
 
-    Args:
-        rectangles: columns (slot, width of the tensor, its first matrix, then those of Rectangle), by slot.
+
+def _placed_rectangles(rectangles: Sequence[tuple[int, ...]], matrices: Sequence[Matrix]) -> np.ndarray:
+    """Columns (begin, matrix, at, width, pitch, rows, cols): `begin` on the line, the others as in Piece."""
+    line, width, first, matrix, local_row, local_col, row, col, rows, cols = _table(rectangles, 10)
+    matrix = first + matrix
+    pitch = np.array([matrix.cols for matrix in matrices], np.int64)[matrix]
+    return np.stack([line + local_row * width + local_col, matrix, row * pitch + col, width, pitch, rows, cols])
+
+
+def _meet(shards: np.ndarray, rectangles: np.ndarray) -> Piece:
+    """Columns of the pieces, from those of shards and of rectangles; the rectangles ascend on the line.
+
+    A shard that begins and ends inside a rectangle's rows holds up to three pieces of it: what is left of the first
+    row, the whole rows, and what it reaches of the last.
     """
-    tp = tp_ranks.max(initial=0) + 1
-    # Shards of parameters with matrices, with who holds them.
-    held = [len(own) for own in shards]
-    rank, index = expand(np.zeros(len(held), int), np.array(held, int))
-    tensor, start, stop = _table(list(chain.from_iterable(shards)), 3)
-    cut = np.array([spec.tp_size > 1 for spec in tensors], bool)[tensor]
-    known = np.isin(tensor, rectangles[0] // tp) & (start < stop)
-    rank, index, tensor, start, stop, cut = (column[known] for column in (rank, index, tensor, start, stop, cut))
-    slot = tensor * tp + np.where(cut, tp_ranks[rank], 0)
-    replica = np.where(cut, 0, tp_ranks[rank])
-    # Rows of all slots on one line, a slot after the other: rectangles are searched for by their place on it.
-    slots, widths, firsts, number, local_row, local_col, row, col, rows, cols = rectangles
-    span = (local_row + rows).max(initial=0) + 1
-    width = widths[np.searchsorted(slots, slot)]
-    ends = np.maximum.accumulate(slots * span + local_row + rows)
-    low = np.searchsorted(ends, slot * span + start // width, side="right")
-    high = np.searchsorted(slots * span + local_row, slot * span - (-stop // width))
-    shard, which = expand(low, np.maximum(high - low, 0))
-    pitch = np.array([matrix.cols for matrix in matrices], np.int64)[firsts + number]
-    geometry = (local_row * widths + local_col, row * pitch + col, widths, pitch, rows, cols)
-    pair, *geometry = _meet(start[shard], stop[shard], *(column[which] for column in geometry))
-    shard, which = shard[pair], which[pair]
-    piece = Piece((firsts + number)[which], rank[shard], index[shard], *geometry, replica[shard])
-    order = np.lexsort((piece.offset, piece.shard, piece.rank, piece.matrix))
-    return Piece._make(column[order] for column in piece)
-
-
-def _meet(
-    start: np.ndarray,
-    stop: np.ndarray,
-    begin: np.ndarray,
-    at: np.ndarray,
-    width: np.ndarray,
-    pitch: np.ndarray,
-    rows: np.ndarray,
-    cols: np.ndarray,
-) -> tuple[np.ndarray, ...]:
-    """What shards hold of rectangles: up to three pieces each, a part of the first row, whole rows, and of the last.
-
-    Args:
-        start, stop: of the shard in its tensor, whose rows are `width` long.
-        begin, at: first element of the rectangle in the tensor and in its matrix, whose rows are `pitch` long.
-
-    Returns:
-        For each piece the number of the pair it comes from, then offset, stride, at, pitch, rows and cols of Piece.
-    """
-    # Whole rows on both sides are one contiguous run: one row.
+    begin, _, _, width, _, rows, cols = rectangles
+    ends = np.maximum.accumulate(begin + (rows - 1) * width + cols)
+    low, high = np.searchsorted(ends, shards[0], side="right"), np.searchsorted(begin, shards[1])
+    count = high - low
+    shard = np.repeat(np.arange(len(count)), count)
+    near = np.arange(len(shard)) + (low + count - np.cumsum(count))[shard]
+    start, stop, rank, number, replica = shards[:, shard]
+    begin, matrix, at, width, pitch, rows, cols = rectangles[:, near]
+    # Where both sides have whole rows the rectangle is one contiguous run, a single long row.
     run = (cols == width) & (width == pitch)
-    cols, width, rows = np.where(run, rows * cols, cols), np.where(run, rows * cols, width), np.where(run, 1, rows)
+    cols, rows = np.where(run, rows * cols, cols), np.where(run, 1, rows)
+    width = np.where(run, cols, width)
     first = np.maximum((start - begin - cols) // width + 1, 0)
     last = np.minimum(-((begin - stop) // width), rows) - 1
     left = np.maximum(start - begin - first * width, 0)
     right = np.minimum(stop - begin - last * width, cols)
-    one, several = first == last, first < last
-    head, tail = one | several & (left > 0), several & (right < cols)
+    single, several = first == last, first < last
+    head, tail = single | several & (left > 0), several & (right < cols)
     body = last - first + 1 - head - tail
-    parts = (  # which pairs, then per pair: first row, rows, first column, end of the columns
-        (head, first, np.ones_like(rows), left, np.where(one, right, cols)),
-        (body > 0, first + head, body, np.zeros_like(rows), cols),
-        (tail, last, np.ones_like(rows), np.zeros_like(rows), right),
+    none = np.zeros_like(rows)
+    parts = (  # where there is such a piece, then its first row, rows, first column and end of columns
+        (head, first, none + 1, left, np.where(single, right, cols)),
+        (body > 0, first + head, body, none, cols),
+        (tail, last, none + 1, none, right),
     )
-    pair = np.concatenate([np.flatnonzero(mask) for mask, *_ in parts])
-    row, count, left, right = (np.concatenate([part[column][part[0]] for part in parts]) for column in range(1, 5))
-    run, width, pitch, numel = run[pair], width[pair], pitch[pair], right - left
-    offset = (begin - start)[pair] + row * width + left
-    stride, pitch_out = np.where(run, numel, width), np.where(run, numel, pitch)
-    return pair, offset, stride, at[pair] + row * pitch + left, pitch_out, count, numel
+    pair, row, rows, left, right = np.concatenate(
+        [np.stack([np.flatnonzero(there), *(column[there] for column in part)]) for there, *part in parts], axis=1
+    )
+    offset, at = (begin - start)[pair] + row * width[pair] + left, at[pair] + row * pitch[pair] + left
+    cols = right - left
+    stride, pitch = np.where(run[pair], cols, width[pair]), np.where(run[pair], cols, pitch[pair])
+    held = (matrix[pair], rank[pair], number[pair])
+    order = np.lexsort((offset, *reversed(held)))
+    return Piece._make(column[order] for column in (*held, offset, stride, at, pitch, rows, cols, replica[pair]))

@@ -14,13 +14,14 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, pairwise
+from itertools import chain
+from operator import itemgetter
 
 import numpy as np
 
 from distributed_muon.layout.cost_model import H100_INFINIBAND, Hardware, NewtonSchulzCost
 from distributed_muon.layout.homes import Homes, all_holders, one_home
-from distributed_muon.layout.pieces import Layout, Piece, expand
+from distributed_muon.layout.pieces import Layout, Piece
 from distributed_muon.layout.teams import team_sizes
 
 STRATEGIES = ("home", "gather", "auto")
@@ -109,18 +110,17 @@ class Plan:
         return wave_of
 
     @cached_property
-    def _home_ranks(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The homes of all matrices one after the other, and per matrix where its own begin and how many they are."""
-        count = np.fromiter(map(len, self.homes), np.int64, len(self.homes))
-        return np.fromiter(chain.from_iterable(self.homes), np.int64), np.cumsum(count) - count, count
+    def _home_count(self) -> np.ndarray:
+        """Per matrix, the number of its homes."""
+        return np.fromiter(map(len, self.homes), np.int64, len(self.homes))
 
     @cached_property
     def _away(self) -> np.ndarray:
         """Per piece, whether the rank that holds it is no home of its matrix."""
-        ranks, _, count = self._home_ranks
         pieces, world = self.layout.columns, self.layout.world
-        homes = np.repeat(np.arange(len(count)), count) * world + ranks
-        return ~np.isin(pieces.matrix * world + pieces.rank, homes)
+        matrices = np.repeat(np.arange(len(self.homes)), self._home_count)
+        ranks = np.fromiter(chain.from_iterable(self.homes), np.int64, len(matrices))
+        return ~np.isin(pieces.matrix * world + pieces.rank, matrices * world + ranks)
 
     @cached_property
     def ns_flops_by_rank(self) -> list[int]:
@@ -151,10 +151,10 @@ class Plan:
         """Bytes each rank sends in the all-to-alls of one step, both ways."""
         sent = np.zeros(self.layout.world, np.int64)
         pieces, numel, away = self.layout.columns, self.layout.columns.numel, self._away
-        ranks, begins, count = self._home_ranks
         source = pieces.replica == 0
-        np.add.at(sent, pieces.rank[source], (numel * (count[pieces.matrix] - 1 + away))[source])
-        np.add.at(sent, ranks[begins[pieces.matrix[away]]], numel[away])
+        first = np.fromiter((homes[0] for homes in self.homes), np.int64, len(self.homes))
+        np.add.at(sent, pieces.rank[source], (numel * (self._home_count[pieces.matrix] - 1 + away))[source])
+        np.add.at(sent, first[pieces.matrix[away]], numel[away])
         return (sent * self.newton_schulz.element_bytes).tolist()
 
     @cached_property
@@ -183,60 +183,56 @@ class Plan:
 
     def schedule(self, rank: int) -> list[Wave]:
         """What `rank` holds, orthogonalizes, sends and receives in each wave."""
-        pieces, away, (ranks, begins, count) = self.layout.columns, self._away, self._home_ranks
-        matrix, held, source = pieces.matrix, pieces.rank == rank, pieces.replica == 0
-        first_home = ranks[begins[matrix]] if len(matrix) else matrix
-        own = np.repeat(np.arange(len(count)), count)[ranks == rank]  # matrices this rank is a home of
-        # To the homes: each piece this rank is the source of, once for every home that is another rank.
-        sources = np.flatnonzero(held & source)
-        which, at = expand(begins[matrix[sources]], count[matrix[sources]])
-        elsewhere = ranks[at] != rank
-        arriving = np.flatnonzero(source & ~held & np.isin(matrix, own))
-        gathers = self._transfers(
-            (sources[which[elsewhere]], ranks[at[elsewhere]]),
-            (arriving, pieces.rank[arriving]),
-            moving=source & (away | (count[matrix] > 1)),
-        )
-        # And back: the first home serves the holders that are none.
-        returning, awaited = np.flatnonzero(away & (first_home == rank)), np.flatnonzero(away & held)
-        scatters = self._transfers((returning, pieces.rank[returning]), (awaited, first_home[awaited]), moving=away)
-        held_by_wave: list[list[Piece]] = [[] for _ in self.waves]
-        mine = np.flatnonzero(held)
-        for piece, wave in zip(self.layout.pieces_at(mine), self._wave_of[matrix[mine]].tolist(), strict=True):
-            held_by_wave[wave].append(piece)
-        blocks: list[list[int]] = [[] for _ in self.waves]
-        stacks: list[dict[tuple[int, int], list[int]]] = [defaultdict(list) for _ in self.waves]
-        for number, wave in zip(own.tolist(), self._wave_of[own].tolist(), strict=True):
-            shape, team = self.layout.matrices[number].shape, self.layout.matrices[number].team
-            (blocks[wave] if team > 1 else stacks[wave][shape]).append(number)
+        pieces, wave_of = self.layout.columns, self._wave_of[self.layout.columns.matrix]
+        mine: list[list[int]] = [[] for _ in self.waves]
+        for matrix, homes in enumerate(self.homes):
+            if rank in homes:
+                mine[self._wave_of[matrix]].append(matrix)
+        # The pieces that concern this rank: those it holds, and all of the matrices it is a home of.
+        near = np.flatnonzero((pieces.rank == rank) | np.isin(pieces.matrix, list(chain.from_iterable(mine))))
+        by_wave: list[list[Piece]] = [[] for _ in self.waves]
+        for piece, wave in zip(self.layout.pieces_at(near), wave_of[near].tolist(), strict=True):
+            by_wave[wave].append(piece)
+        sends = (pieces.replica == 0) & (self._away | (self._home_count[pieces.matrix] > 1))
+        busy = [set(wave_of[moving].tolist()) for moving in (sends, self._away)]
         return [
-            Wave(tuple(held), tuple(map(tuple, by_shape.values())), tuple(own_blocks), gather, scatter)
-            for held, by_shape, own_blocks, gather, scatter in zip(
-                held_by_wave, stacks, blocks, gathers, scatters, strict=True
-            )
+            self._wave(rank, mine[wave], by_wave[wave], [wave not in waves for waves in busy])
+            for wave in range(len(self.waves))
         ]
 
-    def _transfers(
-        self, send: tuple[np.ndarray, np.ndarray], recv: tuple[np.ndarray, np.ndarray], moving: np.ndarray
-    ) -> list[Transfer]:
-        """One rank's part in one all-to-all of each wave.
+    def _wave(self, rank: int, mine: Sequence[int], pieces: Sequence[Piece], idle: Sequence[bool]) -> Wave:
+        """One wave of `rank`, home of the matrices `mine`, from the pieces that concern it."""
+        matrices, homes = self.layout.matrices, self.homes
+        stacks: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for matrix in mine:
+            if matrices[matrix].team == 1:
+                stacks[matrices[matrix].shape].append(matrix)
+        held = tuple(piece for piece in pieces if piece.rank == rank)
+        sources = [p for p in pieces if p.replica == 0]
+        away = [p for p in pieces if p.rank not in homes[p.matrix]]
+        gather = self._transfer(
+            send=[(home, p) for p in sources if p.rank == rank for home in homes[p.matrix] if home != rank],
+            recv=[(p.rank, p) for p in sources if p.rank != rank and rank in homes[p.matrix]],
+            idle=idle[0],
+        )
+        scatter = self._transfer(
+            send=[(p.rank, p) for p in away if homes[p.matrix][0] == rank],
+            recv=[(homes[p.matrix][0], p) for p in away if p.rank == rank],
+            idle=idle[1],
+        )
+        blocks = tuple(matrix for matrix in mine if matrices[matrix].team > 1)
+        return Wave(held, tuple(map(tuple, stacks.values())), blocks, gather, scatter)
 
-        Args:
-            send, recv: numbers of pieces, and for each the peer. moving: per piece, whether any rank sends it.
-        """
+    def _transfer(self, send: list[tuple[int, Piece]], recv: list[tuple[int, Piece]], idle: bool) -> Transfer:
         sides = []
-        for numbers, peers in (send, recv):
-            waves = self._wave_of[self.layout.columns.matrix[numbers]]
-            order = np.lexsort((numbers, peers, waves))
-            counts = np.zeros((len(self.waves), self.layout.world), np.int64)
-            np.add.at(counts, (waves, peers), self.layout.columns.numel[numbers])
-            pieces = self.layout.pieces_at(numbers[order])
-            ends = np.searchsorted(waves[order], np.arange(len(self.waves) + 1)).tolist()
-            sides.append(([pieces[a:b] for a, b in pairwise(ends)], map(tuple, counts.tolist())))
-        busy = set(self._wave_of[self.layout.columns.matrix[moving]].tolist())
+        for side in (send, recv):
+            side.sort(key=itemgetter(0))  # by peer, and as they came for each
+            counts = [0] * self.layout.world
+            for peer, piece in side:
+                counts[peer] += piece.numel
+            sides.append((tuple(piece for _, piece in side), tuple(counts)))
         (sent, send_counts), (received, recv_counts) = sides
-        parts = zip(sent, received, send_counts, recv_counts, strict=True)
-        return [Transfer(*part, idle=wave not in busy) for wave, part in enumerate(parts)]
+        return Transfer(sent, received, send_counts, recv_counts, idle)
 
     def seconds(self, hardware: Hardware) -> float:
         """Estimate of one step's Newton-Schulz and exchange on the busiest rank, without overlap."""
@@ -248,15 +244,15 @@ class Plan:
     def explain(self) -> str:
         """A page for people: what is orthogonalized where, how balanced, and what travels."""
         layout, sent = self.layout, self.exchange_bytes_by_rank
-        per_rank = np.bincount(self._home_ranks[0], minlength=layout.world)
-        copies = per_rank.sum()
+        homed = Counter(chain.from_iterable(self.homes))
+        per_rank = [homed[rank] for rank in range(layout.world)]
         shapes = Counter(matrix.logical_shape for matrix in layout.matrices)
         lines = [
             f"plan: {len(layout.matrices)} matrices over {layout.world} ranks, strategy {self.strategy}, "
             f"{len(self.waves)} waves",
             f"  Newton-Schulz: {self.ns_flops_total / 1e12:.4g} TFLOP per step, busiest rank "
-            f"{self.ns_max_over_ideal:.3f} x the ideal share, {copies - len(layout.matrices)} redundant runs",
-            f"  matrices per rank: {per_rank.min()} to {per_rank.max()}",
+            f"{self.ns_max_over_ideal:.3f} x the ideal share, {sum(per_rank) - len(layout.matrices)} redundant runs",
+            f"  matrices per rank: {min(per_rank)} to {max(per_rank)}",
             f"  exchange: {max(sent) / 2**20:.3f} MiB sent by the busiest rank, {sum(sent) / 2**20:.3f} MiB in all",
             "  shapes:",
         ]

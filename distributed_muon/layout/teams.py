@@ -35,18 +35,17 @@ def cut_into_blocks(
             shape = (matrix.rows, high - low) if wide else (high - low, matrix.cols)
             blocks.append(Matrix(matrix.name, *shape, size, matrix.shape) if size > 1 else matrix)
     parts = []
-    for rectangle in rectangles:
-        first, wide, cuts = lines[rectangle.matrix]
-        _, local_row, local_col, row, col, rows, cols = rectangle
+    for r in rectangles:
+        first, wide, cuts = lines[r.matrix]
+        start, stop = (r.col, r.col + r.cols) if wide else (r.row, r.row + r.rows)
         for block, (low, high) in enumerate(pairwise(cuts), first):
-            start, length = (col, cols) if wide else (row, rows)
-            begin, end = max(start, low), min(start + length, high)
-            if begin >= end:
-                continue
-            if wide:
-                parts.append(Rectangle(block, local_row, local_col + begin - col, row, begin - low, rows, end - begin))
-            else:
-                parts.append(Rectangle(block, local_row + begin - row, local_col, begin - low, col, end - begin, cols))
+            begin, length = max(start, low), min(stop, high) - max(start, low)
+            if length > 0 and wide:
+                local_col = r.local_col + begin - start
+                parts.append(r._replace(matrix=block, local_col=local_col, col=begin - low, cols=length))
+            elif length > 0:
+                local_row = r.local_row + begin - start
+                parts.append(r._replace(matrix=block, local_row=local_row, row=begin - low, rows=length))
     return blocks, sorted(parts, key=lambda r: (r.local_row, r.local_col))
 
 
@@ -58,11 +57,18 @@ def team_sizes(
     Each candidate bounds what one rank may do for one matrix by a multiple of the ideal share, gives every
     matrix the smallest team that obeys, and is judged by the estimated seconds of the busiest rank.
     """
-    best = [1] * len(matrices)
+    whole = [1] * len(matrices)
     flops = newton_schulz.flops_of(matrices)
     ideal = sum(flops) / world
     if not matrices or max(flops) <= ideal:
-        return best
+        return whole
+
+    def smallest_team(matrix: Matrix, flops: int, bound: float) -> int:
+        size = 1
+        # A block of less than one row or column of the long side is no block.
+        while flops / size > bound and 2 * size <= min(world, max(matrix.shape)):
+            size *= 2
+        return size
 
     def busiest_seconds(sizes: Sequence[int]) -> float:
         seconds = [newton_schulz.team_seconds(m, size, hardware) for m, size in zip(matrices, sizes, strict=True)]
@@ -70,19 +76,9 @@ def team_sizes(
         seat(dict(enumerate(sizes)), seconds, loads)
         return max(loads)
 
-    best_seconds = busiest_seconds(best)
-    for bound in (1.0, 1.25, 1.5, 2.0, 3.0, 4.0):
-        sizes = []
-        for matrix, cost in zip(matrices, flops, strict=True):
-            size = 1
-            # A block of less than one row or column of the long side is no block.
-            while cost / size > bound * ideal and 2 * size <= min(world, max(matrix.shape)):
-                size *= 2
-            sizes.append(size)
-        seconds = busiest_seconds(sizes)
-        if seconds < best_seconds:
-            best, best_seconds = sizes, seconds
-    return best
+    bounds = (shares * ideal for shares in (1.0, 1.25, 1.5, 2.0, 3.0, 4.0))
+    teams = [[smallest_team(*pair, bound) for pair in zip(matrices, flops, strict=True)] for bound in bounds]
+    return min([whole, *teams], key=busiest_seconds)
 
 
 def seat(sizes: Mapping[int, int], costs: Sequence[float], loads: list[float] | list[int]) -> dict[int, int]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.engine.state import Part
-from distributed_muon.layout.cutting import Bucket
+from distributed_muon.layout.cutting import Bucket, make_buckets
 from distributed_muon.layout.pieces import Shard
 
 
@@ -115,3 +115,23 @@ class FlatBucket:
         """Round the masters into this rank's part of `flat` and start gathering the others' parts."""
         self.part.publish()
         return self._collectives.all_gather(self.flat)
+
+
+def cut_families(
+    families: Sequence[Hashable], numels: Sequence[int], dp: int, bucket_numel: int | None, aligned: bool
+) -> list[Bucket]:
+    """Buckets of one family each, so that every rank's share of each is equal, in the order of the backward.
+
+    Args:
+        families, numels: per tensor, such as its algorithm and dtype, and its elements.
+        dp, bucket_numel, aligned: of `make_buckets`.
+    """
+    members: dict[Hashable, list[int]] = {}
+    for tensor, family in enumerate(families):
+        members.setdefault(family, []).append(tensor)
+    buckets = []
+    for tensors in members.values():
+        for bucket in make_buckets([numels[t] for t in tensors], dp, bucket_numel=bucket_numel, aligned=aligned):
+            buckets.append(bucket._replace(tensors=tuple(tensors[i] for i in bucket.tensors)))
+    # A bucket is complete when the gradient of its first layer arrives: reduce the last layers' first.
+    return sorted(buckets, key=lambda bucket: -min(bucket.tensors))

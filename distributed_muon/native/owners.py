@@ -1,29 +1,39 @@
-"""Which optimizer a parameter belongs to: a second one on the same parameters takes them over from the first."""
+"""When an optimizer may be built, which parameters are its own, and what goes with it."""
 
 from __future__ import annotations
 
+import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from distributed_muon.engine.collectives import Collectives
 
 _OWNERS = WeakTensorKeyDictionary()
 
 
-def take_over(params: Iterable[nn.Parameter], optimizer: Any) -> None:
-    """Make `optimizer` the owner of `params`; whoever owned one of them before is closed."""
-    for param in params:
-        before = _OWNERS[param]() if param in _OWNERS else None
-        if before is not None and before is not optimizer:
-            before.close()
-        _OWNERS[param] = weakref.ref(optimizer)
+def check_launch() -> None:
+    """Raise a RuntimeError where a rank of a job of several processes would train alone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and not dist.is_initialized():
+        raise RuntimeError(
+            f"WORLD_SIZE is {world} but torch.distributed is not initialized, so every rank would train alone: call "
+            "torch.distributed.init_process_group() before DistributedMuon"
+        )
 
 
-def refuse_shared_memory(named: Iterable[tuple[str, nn.Parameter]]) -> None:
-    """Raise a ValueError where two parameters lie in the same memory: their tie would be cut silently."""
+def take_over(named: Iterable[tuple[str, nn.Parameter]], optimizer: Any) -> None:
+    """Make `optimizer` the owner of parameters; whoever owned one of them before is closed.
+
+    Raises:
+        ValueError: two parameters lie in the same memory, so that their tie would be cut silently.
+    """
+    named = list(named)
     spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name) for name, p in named)
     for (_, end, first), (begin, _, second) in pairwise(spans):
         if begin < end:
@@ -31,3 +41,26 @@ def refuse_shared_memory(named: Iterable[tuple[str, nn.Parameter]]) -> None:
                 f"parameters {first!r} and {second!r} share memory: tie them by assigning the same nn.Parameter to "
                 "both modules"
             )
+    for _, param in named:
+        before = _OWNERS[param]() if param in _OWNERS else None
+        if before is not None and before is not optimizer:
+            before.close()
+        _OWNERS[param] = weakref.ref(optimizer)
+
+
+def release_later(optimizer: Any, hooked: Sequence[Any], collectives: Sequence[Collectives]) -> weakref.finalize:
+    """Remove the hooks and give the process groups back when the optimizer is gone, or when called.
+
+    Args:
+        hooked: objects with `remove()`, or None; they must not refer to the optimizer.
+    """
+
+    def release() -> None:
+        for part in filter(None, hooked):
+            part.remove()
+        for own in collectives:
+            own.close()
+
+    later = weakref.finalize(optimizer, release)
+    later.atexit = False
+    return later

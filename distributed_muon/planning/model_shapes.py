@@ -159,9 +159,10 @@ def _experts(
 ) -> Iterator[ParameterShape]:
     """Router and routed experts."""
     yield from _linear(f"{prefix}.gate", count, hidden, "router")
+    first = [s._replace(role="routed expert", expert=True) for s in _gated_mlp("", hidden, ffn, names=names)]
     for expert in range(count):
-        for shape in _gated_mlp(f"{prefix}.experts.{expert}", hidden, ffn, names=names):
-            yield shape._replace(role="routed expert", expert=True)
+        for shape in first:
+            yield shape._replace(name=f"{prefix}.experts.{expert}{shape.name}")
 
 
 def _gated_mlp(
@@ -207,55 +208,27 @@ _LAYERS: dict[str, LayerShapes] = {
 SUPPORTED = tuple(_LAYERS)
 
 
-def _grouped(kind: str, hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int, **more: Any) -> Config:
-    """config.json entries of a model with grouped-query attention."""
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": vocab,
-        **more,
-    }
+def _config(entries: str, *values: Any, **more: Any) -> Config:
+    return {**dict(zip(entries.split(), values, strict=True)), **more}
 
 
-def _latent(
-    kind: str, hidden: int, ffn: int, layers: int, heads: int, q_rank: int | None, vocab: int,
-    dense: int, experts: int, expert_ffn: int, shared: int,
-) -> Config:  # fmt: skip
-    """config.json entries of a model with latent attention and shared experts."""
-    return {
-        "model_type": kind,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "q_lora_rank": q_rank,
-        "kv_lora_rank": 512,
-        "qk_nope_head_dim": 128,
-        "qk_rope_head_dim": 64,
-        "v_head_dim": 128,
-        "vocab_size": vocab,
-        "first_k_dense_replace": dense,
-        "n_routed_experts": experts,
-        "moe_intermediate_size": expert_ffn,
-        "n_shared_experts": shared,
-    }
-
-
+_COMMON = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads vocab_size "
+_GROUPED = _COMMON + "num_key_value_heads"
+_LATENT = _COMMON + "q_lora_rank first_k_dense_replace n_routed_experts moe_intermediate_size n_shared_experts"
+_LATENT_DIMS = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _QWEN3_MOE = {"head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768}
 
 # Name -> the config.json entries that set shapes, from the published checkpoints.
 NAMED_MODELS: dict[str, Config] = {
-    "moonlight-16b-a3b": _latent("deepseek_v3", 2048, 11264, 27, 16, None, 163840, 1, 64, 1408, 2),
-    "deepseek-v3": _latent("deepseek_v3", 7168, 18432, 61, 128, 1536, 129280, 3, 256, 2048, 1),
-    "kimi-k2": _latent("kimi_k2", 7168, 18432, 61, 64, 1536, 163840, 1, 384, 2048, 1),
-    "llama-3-8b": _grouped("llama", 4096, 14336, 32, 32, 8, 128256),
-    "llama-3-70b": _grouped("llama", 8192, 28672, 80, 64, 8, 128256),
-    "llama-3-405b": _grouped("llama", 16384, 53248, 126, 128, 8, 128256),
-    "qwen3-8b": _grouped("qwen3", 4096, 12288, 36, 32, 8, 151936, head_dim=128),
-    "qwen3-30b-a3b": _grouped("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, **_QWEN3_MOE),
-    "mixtral-8x7b": _grouped("mixtral", 4096, 14336, 32, 32, 8, 32000, num_local_experts=8),
+    "moonlight-16b-a3b": _config(
+        _LATENT, "deepseek_v3", 2048, 11264, 27, 16, 163840, None, 1, 64, 1408, 2, **_LATENT_DIMS
+    ),
+    "deepseek-v3": _config(_LATENT, "deepseek_v3", 7168, 18432, 61, 128, 129280, 1536, 3, 256, 2048, 1, **_LATENT_DIMS),
+    "kimi-k2": _config(_LATENT, "kimi_k2", 7168, 18432, 61, 64, 163840, 1536, 1, 384, 2048, 1, **_LATENT_DIMS),
+    "llama-3-8b": _config(_GROUPED, "llama", 4096, 14336, 32, 32, 128256, 8),
+    "llama-3-70b": _config(_GROUPED, "llama", 8192, 28672, 80, 64, 128256, 8),
+    "llama-3-405b": _config(_GROUPED, "llama", 16384, 53248, 126, 128, 128256, 8),
+    "qwen3-8b": _config(_GROUPED, "qwen3", 4096, 12288, 36, 32, 151936, 8, head_dim=128),
+    "qwen3-30b-a3b": _config(_GROUPED, "qwen3_moe", 2048, 6144, 48, 32, 151936, 4, **_QWEN3_MOE),
+    "mixtral-8x7b": _config(_GROUPED, "mixtral", 4096, 14336, 32, 32, 32000, 8, num_local_experts=8),
 }

@@ -4,10 +4,14 @@ Assumptions, those of a Megatron-style job:
 
 - Pipeline stages hold contiguous layers, as evenly as they divide; embedding first, head last. Every stage
   is planned, and the one whose busiest rank does the most Newton-Schulz is reported.
-- Tensor parallelism cuts every parameter along its `tp_dim`; the rank domain of a stage is dp x tp.
+- Tensor parallelism cuts attention and feed-forward matrices; router and latent down-projections are whole.
+  The rank domain of a stage is dp x tp.
 - Routed experts are never cut by tensor parallelism. With ep > 1 or tp > 1 they have a rank domain of their
   own of dp x tp / ep ranks (expert data parallelism), one per slice of the experts, on the same ranks.
 - Muon and AdamW parameters have buckets of their own, cut over the data-parallel ranks.
+- ZeRO-1 AdamW, to compare with, sends fp32 gradients (reduce-scatter) and bf16 parameters (all-gather).
+
+Bytes and FLOPs are per rank and step; matrices and parameters those of the whole model.
 """
 
 from __future__ import annotations

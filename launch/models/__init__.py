@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MODELS = {"dense": (DenseConfig, Dense), "moonlight": (MoonlightConfig, Moonlight)}
-_NOT_A_FLAG = {"vocab_size"}  # the data decides
+_NOT_A_FLAG = {"vocab_size", "rope_scaling"}  # the data, and a checkpoint, decide
 
 
 def build_model(name: str, **sizes: object) -> CausalLM:
@@ -67,5 +67,5 @@ def add_size_flags(parser: argparse.ArgumentParser) -> None:
 
 def sizes_from_flags(arguments: argparse.Namespace) -> dict[str, object]:
     """The sizes that were given on the command line, for `build_model`."""
-    names = {field.name for config_class, _ in MODELS.values() for field in fields(config_class)} - _NOT_A_FLAG
-    return {name: value for name in sorted(names) if (value := getattr(arguments, name)) is not None}
+    names = {field.name for config_class, _ in MODELS.values() for field in fields(config_class)} - {"vocab_size"}
+    return {name: value for name in sorted(names) if (value := getattr(arguments, name, None)) is not None}

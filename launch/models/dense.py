@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from launch.models.layers import Block, CausalLM, Rotary, SwiGLU
+from launch.models.layers import Block, CausalLM, RopeScaling, Rotary, SwiGLU
 
 
 @dataclass
@@ -26,6 +26,7 @@ class DenseConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    rope_scaling: RopeScaling | None = None
 
 
 class Attention(nn.Module):
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
-        self.rotary = Rotary(self.head_dim, config.max_position_embeddings, config.rope_theta)
+        self.rotary = Rotary(self.head_dim, config.max_position_embeddings, config.rope_theta, config.rope_scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, _ = x.shape

@@ -1,8 +1,8 @@
 """Hugging Face checkpoint folders, config.json and *.safetensors, as the start and the end of a training run.
 
-`Dense` is stored as a LlamaForCausalLM and `Moonlight` as a DeepseekV3ForCausalLM without query compression
-and expert groups. Tensor names are the same on both sides but for the prefix "model."; the layout differs in
-two places, which `_table` describes for loading and saving alike:
+`Dense` is stored as a LlamaForCausalLM and `Moonlight` as a DeepseekV3ForCausalLM. Tensor names are the same on
+both sides but for the prefix "model."; the layout differs in two places, which `_table`
+describes for loading and saving alike:
 
 - routed experts are tensors of their own in the files and stacks in the model;
 - DeepSeek-V3 files keep the two rotary dimensions of a pair side by side (2i, 2i + 1), the model keeps them
@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from launch.models import MODELS, CausalLM, MoonlightConfig
+from launch.models.layers import RopeScaling
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _ROUTER_BIAS = ".e_score_correction_bias"
@@ -50,6 +51,10 @@ class Family:
 
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "attention_dropout": 0.0}
 _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False}
+_ROPE = {  # entries of each kind of scaling
+    "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
+}
 _UNWRITTEN = {"quantization_config": None, "partial_rotary_factor": 1.0}  # checked like `fixed`, but not written
 _FAMILIES = {
     "llama": Family(
@@ -61,10 +66,8 @@ _FAMILIES = {
     "deepseek_v3": Family(
         "moonlight",
         ("DeepseekV3ForCausalLM", "MoonlightForCausalLM"),
-        _FIXED
-        | {"q_lora_rank": None, "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
-        | {"norm_topk_prob": True, "moe_layer_freq": 1, "num_nextn_predict_layers": 0},
-        _DEFAULTS | {"max_position_embeddings": 4096, "n_group": 8, "topk_group": 4},
+        _FIXED | {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True, "moe_layer_freq": 1},
+        _DEFAULTS | {"max_position_embeddings": 4096, "n_group": 8, "topk_group": 4, "q_lora_rank": 1536},
     ),
 }
 
@@ -87,7 +90,8 @@ def read_config(folder: Path, data_vocab_size: int | None = None) -> tuple[str, 
     entries = _read_entries(path)
     family = _family(path, entries)
     entries = {**family.defaults, **entries}
-    sizes = {**entries, "rope_theta": _rope_theta(path, entries)}
+    theta, scaling = _rope(path, entries)
+    sizes = {**entries, "rope_theta": theta, "rope_scaling": scaling}
     heads = entries.get("num_attention_heads")
     sizes.setdefault("num_key_value_heads", heads)
     if heads and "hidden_size" in entries:
@@ -110,7 +114,7 @@ def read_config(folder: Path, data_vocab_size: int | None = None) -> tuple[str, 
     return family.model, {name: sizes[name] for name in names}
 
 
-def load_weights(model: CausalLM, folder: Path) -> None:
+def load_weights(model: CausalLM, folder: Path) -> int:
     """Fill `model` with the weights in `folder`, one tensor at a time; not collective, every rank reads.
 
     Args:
@@ -118,6 +122,9 @@ def load_weights(model: CausalLM, folder: Path) -> None:
             parameters. Values are rounded where the files have more bits than the parameters; the routers'
             biases keep fp32.
         folder: config.json with model.safetensors, or with shards and model.safetensors.index.json.
+
+    Returns:
+        How many tensors of multi-token prediction were left out, for which there is no place in the models.
 
     Raises:
         ValueError: the folder is of another model, or a tensor is missing, unexpected, of another shape or
@@ -127,12 +134,17 @@ def load_weights(model: CausalLM, folder: Path) -> None:
     family = _family_of(model)
     if family.model != name:
         raise ValueError(f"{folder} is a checkpoint of model {name!r}, not of {family.model!r}")
-    for key, value in asdict(model.config).items():
+    for key in (field.name for field in fields(model.config)):
+        value = getattr(model.config, key)
         if key not in _MAY_DIFFER and sizes[key] != value:
             raise ValueError(f"{folder / CONFIG}: {key} is {sizes[key]!r}, but the model was built with {value!r}")
-    table = _table(model, _read_entries(folder / CONFIG).get("rope_interleave", True))
+    entries = _read_entries(folder / CONFIG)
+    table = _table(model, entries.get("rope_interleave", True))
     files = _files(folder)
     found = {tensor for tensors in files.values() for tensor in tensors if not tensor.endswith(_DERIVED)}
+    extra = range(len(model.layers), len(model.layers) + entries.get("num_nextn_predict_layers", 0))
+    skipped = {tensor for tensor in found for layer in extra if tensor.startswith(f"model.layers.{layer}.")}
+    found -= skipped
     _refuse(folder, "lacks", table.keys() - found)
     _refuse(folder, "has unexpected", found - table.keys())
     for file, tensors in files.items():
@@ -142,6 +154,7 @@ def load_weights(model: CausalLM, folder: Path) -> None:
                     _fill(table[tensor], reader.get_tensor(tensor), f"{file}: tensor {tensor!r}")
         except SafetensorError as error:
             raise ValueError(f"{file} is damaged or not what the index says: {error}") from None
+    return len(skipped)
 
 
 def save(model: CausalLM, folder: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> None:
@@ -226,8 +239,9 @@ def _table(model: CausalLM, interleaved: bool) -> dict[str, Part]:
     reordered: dict[str, Tensor] = {}
     if interleaved and isinstance(config, MoonlightConfig):
         rope = config.qk_rope_head_dim
+        queries = "q_b_proj.weight" if config.q_lora_rank else "q_proj.weight"
         reordered = {
-            "q_proj.weight": _interleaved_rows(config.num_attention_heads, config.qk_nope_head_dim, rope),
+            queries: _interleaved_rows(config.num_attention_heads, config.qk_nope_head_dim, rope),
             "kv_a_proj_with_mqa.weight": _interleaved_rows(1, config.kv_lora_rank, rope),
         }
     for ours, tensor in model.state_dict().items():
@@ -319,6 +333,10 @@ def _config(model: CausalLM, dtype: torch.dtype) -> dict[str, Any]:
     }
     if family.model == "moonlight":
         config |= {"num_key_value_heads": model.config.num_attention_heads, "rope_interleave": True}
+        config |= {"q_lora_rank": model.config.q_lora_rank or None, "num_nextn_predict_layers": 0}
+    if (scaling := model.config.rope_scaling) is not None:
+        written = {key: value for key, value in asdict(scaling).items() if key in _ROPE[scaling.rope_type]}
+        config["rope_scaling"] = {"rope_type": scaling.rope_type, **written}
     return config
 
 
@@ -337,23 +355,37 @@ def _family_of(model: CausalLM) -> Family:
     return next(family for family in _FAMILIES.values() if isinstance(model, MODELS[family.model][1]))
 
 
-def _rope_theta(path: Path, entries: Mapping[str, Any]) -> float:
-    """The base of the wavelengths, from transformers 5's `rope_parameters` or the older top-level entries."""
-    theta = entries.get("rope_theta", 10_000.0)
+def _rope(path: Path, entries: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Base of the wavelengths and their scaling, from transformers 5's `rope_parameters` or the older entries."""
+    theta, scaling = entries.get("rope_theta", 10_000.0), None
     for key in ("rope_scaling", "rope_parameters"):
-        rope = dict(entries.get(key, {}))
+        rope = {name: value for name, value in entries.get(key, {}).items() if value is not None}
         theta = rope.pop("rope_theta", theta)
-        for name, plain in (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1.0)):
-            if (value := rope.pop(name, plain)) != plain:
-                raise ValueError(f"{path}: {key} has {name} {value!r}, but the models can only do {plain!r}")
-        if rope:
-            raise ValueError(f"{path}: {key} has {min(rope)!r}, but the models cannot scale positions")
-    return theta
+        old, new = rope.pop("type", "default"), rope.pop("rope_type", "default")
+        kind = old if new == "default" else new
+        if (partial := rope.pop("partial_rotary_factor", 1.0)) != 1.0:
+            raise ValueError(f"{path}: {key} has partial_rotary_factor {partial!r}, but the models can only do 1.0")
+        if kind not in ("default", *_ROPE):
+            raise ValueError(f"{path}: {key} has rope_type {kind!r}, but the models can only do {', '.join(_ROPE)}")
+        if kind == "default":
+            if rope:
+                raise ValueError(f"{path}: {key} has {min(rope)!r}, but its rope_type scales nothing: name one")
+            continue
+        needed, known = {"factor", "original_max_position_embeddings"}, _ROPE[kind]
+        if unknown := rope.keys() - known:
+            raise ValueError(f"{path}: {key} has {min(unknown)!r}, which the models cannot do")
+        if missing := needed - rope.keys():
+            raise ValueError(f"{path}: {key} lacks {min(missing)!r}: add it")
+        scaling = RopeScaling(rope_type=kind, **rope)
+    return theta, scaling
 
 
 def _read_entries(path: Path) -> dict[str, Any]:
-    """A config.json, in which null means the same as no entry."""
-    return {key: value for key, value in _read_json(path).items() if value is not None}
+    """A config.json, in which null means the same as no entry, but for queries: they are not compressed then."""
+    entries = _read_json(path)
+    if entries.get("q_lora_rank", 0) is None:
+        entries["q_lora_rank"] = 0
+    return {key: value for key, value in entries.items() if value is not None}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -2,11 +2,69 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How a trained model was stretched to longer sequences; fields named as in a Hugging Face config.json.
+
+    Args:
+        rope_type: "llama3" (Llama 3.1) or "yarn" (arXiv 2309.00071, as DeepSeek-V3 uses it).
+        factor: longer by this. original_max_position_embeddings: longest sequence before.
+        low_freq_factor, high_freq_factor: of "llama3". beta_fast, beta_slow, mscale, mscale_all_dim: of "yarn".
+    """
+
+    rope_type: str
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all_dim: float = 0.0
+
+    def scale(self, frequency: Tensor, theta: float) -> Tensor:
+        """The stretched frequencies (dim / 2,): low ones divided by `factor`, high ones kept, a ramp between."""
+        if self.rope_type == "llama3":
+            turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+            kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        else:
+            low, high = (
+                self._dimension_with(turns, 2 * len(frequency), theta) for turns in (self.beta_fast, self.beta_slow)
+            )
+            low, high = max(math.floor(low), 0), min(math.ceil(high), 2 * len(frequency) - 1)
+            kept = 1 - (torch.arange(len(frequency)) - low) / max(high - low, 0.001)
+        kept = kept.clamp(0, 1)
+        return frequency * kept + frequency / self.factor * (1 - kept)
+
+    def _dimension_with(self, turns: float, dim: int, theta: float) -> float:
+        """The dimension that turns so often over the original length."""
+        return dim * math.log(self.original_max_position_embeddings / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    @property
+    def length(self) -> float:
+        """Factor on rotated queries and keys."""
+        if self.rope_type != "yarn":
+            return 1.0
+        if self.mscale and self.mscale_all_dim:
+            return self._magnitude(self.mscale) / self._magnitude(self.mscale_all_dim)
+        return self._magnitude(1.0)
+
+    @property
+    def softmax(self) -> float:
+        """Factor on the logits of latent attention."""
+        return self._magnitude(self.mscale_all_dim) ** 2 if self.rope_type == "yarn" and self.mscale_all_dim else 1.0
+
+    def _magnitude(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
 class Rotary(nn.Module):
@@ -16,16 +74,20 @@ class Rotary(nn.Module):
         dim: rotated dimensions of a head, even.
         max_positions: longest sequence.
         theta: base of the wavelengths.
+        scaling: of a model for longer sequences than it began with.
     """
 
-    def __init__(self, dim: int, max_positions: int, theta: float) -> None:
+    def __init__(self, dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
         if dim % 2:
             raise ValueError(f"the rotary dimension {dim} is odd: choose an even head size")
         frequency = theta ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+        length = 1.0
+        if scaling is not None:
+            frequency, length = scaling.scale(frequency, theta), scaling.length
         angle = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequency).repeat(1, 2)
-        self.register_buffer("cos", angle.cos(), persistent=False)  # (max_positions, dim), fp32
-        self.register_buffer("sin", angle.sin(), persistent=False)  # (max_positions, dim), fp32
+        self.register_buffer("cos", angle.cos() * length, persistent=False)  # (max_positions, dim), fp32
+        self.register_buffer("sin", angle.sin() * length, persistent=False)  # (max_positions, dim), fp32
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate x (batch, heads, time, dim); same shape and dtype."""

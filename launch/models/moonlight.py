@@ -1,8 +1,8 @@
 """Moonlight-style mixture of experts (DeepSeek-V3 small): latent attention, sigmoid router, shared experts.
 
 Architecture: DeepSeek-V2 (arXiv 2405.04434, section 2.1: multi-head latent attention), DeepSeek-V3
-(arXiv 2412.19437, section 2.1.2: sigmoid routing, balance without an auxiliary loss), sized down as
-Moonlight (arXiv 2502.16982) sizes it: no query compression, no expert groups.
+(arXiv 2412.19437, section 2.1.2: sigmoid routing, balance without an auxiliary loss), by default sized down
+as Moonlight (arXiv 2502.16982) sizes it: no query compression, no expert groups.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distributed_muon.layout.matrices import Experts, MatrixRule, Split
-from launch.models.layers import Block, CausalLM, Rotary, SwiGLU
+from launch.models.layers import Block, CausalLM, RopeScaling, Rotary, SwiGLU
 
 
 @dataclass
@@ -42,6 +42,10 @@ class MoonlightConfig:
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
+    q_lora_rank: int = 0  # 0: queries are not compressed
+    n_group: int = 1
+    topk_group: int = 1
+    rope_scaling: RopeScaling | None = None
 
 
 class LatentAttention(nn.Module):
@@ -60,17 +64,27 @@ class LatentAttention(nn.Module):
                 f"v_head_dim={self.value} exceeds qk_nope_head_dim + qk_rope_head_dim={self.nope + self.rope}"
             )
         hidden = config.hidden_size
-        self.q_proj = nn.Linear(hidden, self.heads * (self.nope + self.rope), bias=False)
+        width = self.heads * (self.nope + self.rope)
+        if config.q_lora_rank:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
+            self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, width, bias=False)
+        else:
+            self.q_proj = nn.Linear(hidden, width, bias=False)
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
         # The published model leaves this norm at its default, whatever rms_norm_eps says.
         self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=1e-6)
         self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
         self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
-        self.rotary = Rotary(self.rope, config.max_position_embeddings, config.rope_theta)
+        self.compressed = config.q_lora_rank > 0
+        self.rotary = Rotary(self.rope, config.max_position_embeddings, config.rope_theta, config.rope_scaling)
+        scale = (self.nope + self.rope) ** -0.5
+        self.softmax_scale = scale if config.rope_scaling is None else scale * config.rope_scaling.softmax
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, _ = x.shape
-        q = self.q_proj(x).view(batch, time, self.heads, -1).transpose(1, 2)  # (b, heads, t, nope + rope)
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed else self.q_proj(x)
+        q = q.view(batch, time, self.heads, -1).transpose(1, 2)  # (b, heads, t, nope + rope)
         q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), dim=-1)
         kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(batch, time, self.heads, -1).transpose(1, 2)
@@ -80,7 +94,7 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope), dim=-1)
         # The fused attention kernels want values as wide as the keys; zero columns do not change the rest.
         v = F.pad(v, (0, self.nope + self.rope - self.value))
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)[..., : self.value]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)[..., : self.value]
         return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))  # (b, t, hidden)
 
 
@@ -96,6 +110,12 @@ class Router(nn.Linear):
         if not 0 < self.top_k <= config.n_routed_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.top_k} is not within n_routed_experts={config.n_routed_experts}"
+            )
+        self.groups, self.top_groups = config.n_group, config.topk_group
+        if config.n_routed_experts % self.groups or not 0 < self.top_groups <= self.groups:
+            raise ValueError(
+                f"n_group={self.groups} and topk_group={self.top_groups} do not divide "
+                f"n_routed_experts={config.n_routed_experts}"
             )
         self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts))  # fp32
         # Tokens per expert since the last bias update; not persistent, for checkpoints lie between steps.
@@ -113,7 +133,13 @@ class Router(nn.Linear):
             routed_scaling_factor.
         """
         scores = F.linear(x.float(), self.weight.float()).sigmoid()  # (tokens, experts)
-        chosen = (scores + self.e_score_correction_bias).topk(self.top_k, dim=-1).indices
+        ranked = scores + self.e_score_correction_bias
+        if self.groups > 1:
+            grouped = ranked.unflatten(-1, (self.groups, -1))  # (tokens, groups, experts of a group)
+            best = grouped.topk(2, dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
+            open_groups = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter(-1, best, True)
+            ranked = grouped.masked_fill(~open_groups.unsqueeze(-1), float("-inf")).flatten(-2)
+        chosen = ranked.topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, chosen)
         return chosen, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale
 

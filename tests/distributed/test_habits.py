@@ -136,7 +136,7 @@ def new_data_with_other_strides(run: Run) -> None:
 
 @habit
 def new_data_with_other_values(run: Run) -> None:
-    run.write(lambda p: setattr(p, "data", torch.full_like(p, 0.25)))
+    run.write(lambda p: setattr(p, "data", torch.full_like(p, 4.25)))
 
 
 @habit
@@ -146,28 +146,28 @@ def vector_and_back(run: Run) -> None:
 
 @habit
 def write_in_place(run: Run) -> None:
-    run.write(lambda p: p.fill_(0.5))
+    run.write(lambda p: p.fill_(5.5))
 
 
 @habit
 def write_through_data(run: Run) -> None:
     """Row 42: no version counter tells."""
-    run.write(lambda p: p.data.fill_(0.125))
+    run.write(lambda p: p.data.fill_(3.5))
 
 
 @habit
 def clamp_through_data(run: Run) -> None:
-    run.write(lambda p: p.data.clamp_(-0.25, 0.25) if p.ndim == 1 else p.data.fill_(0.25))
+    run.write(lambda p: p.data.clamp_(2.5, 2.5))
 
 
 @habit
 def initialize_again(run: Run) -> None:
-    run.write(lambda p: nn.init.constant_(p, 0.75))
+    run.write(lambda p: nn.init.constant_(p, 6.75))
 
 
 @habit
 def load_a_model(run: Run) -> None:
-    loaded = {key: torch.full_like(value, 0.375) for key, value in run.model.state_dict().items()}
+    loaded = {key: torch.full_like(value, 7.5) for key, value in run.model.state_dict().items()}
     run.model.load_state_dict(loaded)
     run.write(lambda p: p)
 
@@ -236,7 +236,7 @@ def rank_0_decides_the_start(run: Run) -> None:
     run.optimizer.check_replicas()
 
 
-@refused(r"parameter 'first\.weight' is now torch\.float64 on cpu, the optimizer was built for")
+@refused(r"parameter '\w+\.weight' is now torch\.float64 on cpu, the optimizer was built for")
 def other_dtype(run: Run) -> None:
     run.model.double()
     run.params[0].grad = torch.zeros_like(run.params[0])
@@ -486,7 +486,7 @@ def backward_after_clipping(run: Run) -> None:
 def sparse_embedding(run: Run) -> None:
     """Row 55."""
     table = nn.Embedding(5, 4, sparse=True)
-    DistributedMuon([{"params": list(table.named_parameters()), "algorithm": "adamw"}])
+    run.seen["kept"] = DistributedMuon([{"params": list(table.named_parameters()), "algorithm": "adamw"}])
     table(torch.tensor([1])).sum().backward()
 
 

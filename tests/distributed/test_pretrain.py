@@ -25,13 +25,13 @@ from launch.models import (
     update_expert_bias,
 )
 from launch.models.moonlight import MixtureOfExperts
-from launch.pretrain import Trainer, parse_arguments
+from launch.pretrain import PlainTrainer, parse_arguments
 from launch.run_dir import RunDirectory
 from launch.validation import validation_loss
 from launch.world import World
 from tests import torchrun
 from tests.spawn import run_ranks
-from tests.torchrun import ROOT, alive, flags, ranks_of
+from tests.torchrun import CORPUS, alive, flags, ranks_of
 
 LIMIT = 60  # seconds for one job; each takes about six
 SIZES = {
@@ -64,7 +64,7 @@ ONE = World(0, 1, torch.device("cpu"))
 def data(tmp_path_factory):
     """A small corpus, so that no run reads the whole standard library."""
     file = tmp_path_factory.mktemp("data") / "corpus.py"
-    file.write_text((ROOT / "distributed_muon" / "matrices.py").read_text())
+    file.write_text((CORPUS).read_text())
     return ["--data", str(file)]
 
 
@@ -154,7 +154,7 @@ def test_resume_is_bit_exact_on_the_same_ranks(straight, data, tmp_path):
 def test_resume_on_one_rank_goes_on_with_the_same_samples(straight, data, tmp_path, capsys):
     resumed = three_steps_of(straight[0], tmp_path / "resumed")
     words = [*data, *TINY, *SIX_STEPS, "--run-dir", resumed, "--resume", "--accumulation", 2]
-    train(Trainer, parse_arguments([*map(str, words)]), ONE)
+    train(PlainTrainer, parse_arguments([*map(str, words)]), ONE)
     lines = capsys.readouterr().out.splitlines()
     assert json.loads(lines[-1])["world_size"] == 1
     assert not any(line.startswith("note") for line in lines)
@@ -221,7 +221,7 @@ def test_expert_load_and_validation_loss_are_over_all_ranks():
 
 def run_here(capsys, *words):
     """Train in this process, one rank without torch.distributed; the last line's results."""
-    train(Trainer, parse_arguments([*map(str, words)]), ONE)
+    train(PlainTrainer, parse_arguments([*map(str, words)]), ONE)
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
@@ -254,7 +254,7 @@ def test_a_run_directory_is_never_overwritten_and_resume_needs_a_checkpoint(data
 def test_another_number_of_samples_per_step_is_noted(data, tmp_path, capsys):
     words = [*data, *TINY_DENSE, "--run-dir", tmp_path]
     run_here(capsys, *words, "--steps", 1)
-    train(Trainer, parse_arguments([*map(str, words), "--steps", "2", "--resume", "--batch-size", "2"]), ONE)
+    train(PlainTrainer, parse_arguments([*map(str, words), "--steps", "2", "--resume", "--batch-size", "2"]), ONE)
     assert "note: 2 samples per step, before 4" in capsys.readouterr().out
 
 
@@ -303,4 +303,4 @@ def test_a_checkpoint_decides_the_sizes(data, tmp_path, checkpoint_folder, capsy
     assert "nowhere/config.json cannot be read" in capsys.readouterr().err
     words = ["--init-from", str(checkpoint_folder), "--save-hf", str(checkpoint_folder), *data]
     with pytest.raises(SystemExit, match="exists already: name another folder"):
-        train(Trainer, parse_arguments([*words, "--run-dir", str(tmp_path / "run")]), ONE)
+        train(PlainTrainer, parse_arguments([*words, "--run-dir", str(tmp_path / "run")]), ONE)

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+OPTIONS = {"ns_dtype": torch.float32, "strategy": "home"}  # "auto" may orthogonalize such small matrices twice
 HIDDEN, LAYERS, VOCAB, LENGTH, SAMPLES, LR = 32, 4, 128, 8, 2, 1e-2
 
 
@@ -24,7 +25,8 @@ class Case:
         distributed: use_distributed_optimizer, which Megatron's own Muon does without.
         layer_wise: DDP buffers as Megatron's LayerWiseDistributedOptimizer wants them.
         batches: microbatches of one step over all data-parallel ranks.
-        optimizer: keyword arguments of get_distributed_muon_optimizer. config: of OptimizerConfig.
+        optimizer: keyword arguments of get_distributed_muon_optimizer, beside OPTIONS. config: of OptimizerConfig.
+        overrides: name pattern -> ParamGroupOverride, beside Megatron's standard config_overrides.
         model: of TransformerConfig.
     """
 
@@ -48,6 +50,7 @@ class Case:
     optimizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> Case:
         return replace(self, **changes)
@@ -63,7 +66,7 @@ class Job:
     def __init__(self, case: Case, make_optimizer: Callable[..., Any] | None = None) -> None:
         from megatron.core import parallel_state as ps
         from megatron.core.distributed import finalize_model_grads
-        from megatron.core.optimizer import OptimizerConfig
+        from megatron.core.optimizer import OptimizerConfig, ParamKey, get_standard_config_overrides
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
@@ -100,7 +103,11 @@ class Job:
         if make_optimizer is None:
             from distributed_muon.integrations.megatron import get_distributed_muon_optimizer
 
-            make_optimizer = partial(get_distributed_muon_optimizer, **{"ns_dtype": torch.float32, **case.optimizer})
+            options = {**OPTIONS, **case.optimizer}
+            if case.overrides:
+                keys = {ParamKey(name=pattern): value for pattern, value in case.overrides.items()}
+                options["config_overrides"] = {**get_standard_config_overrides(self.optimizer_config), **keys}
+            make_optimizer = partial(get_distributed_muon_optimizer, **options)
         self.optimizer = make_optimizer(self.optimizer_config, self.chunks)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer, 0.0, LR, 0.0, 0, 100, "cosine", 0.1, 0.1, 100, "constant"
@@ -110,7 +117,7 @@ class Job:
         if case.overlap:
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
-        self.done = 0
+        self.done = self.ns_calls = 0
 
     @property
     def muon(self) -> Any:
@@ -194,10 +201,10 @@ class Job:
         """Whole fp32 masters (or a moment) by global name, from every rank's shards."""
         local = {name: torch.zeros(param.shape) for name, param in self.named_parameters()}
         names = {param: name for name, param in self.named_parameters()}
-        for shard in self.muon.shards:
-            values = shard.master if key == "master" else shard.state.get(key)
+        for owned in self.muon.owned:
+            values = owned.master if key == "master" else owned.state.get(key)
             if values is not None:
-                local[names[shard.member.param]].view(-1)[shard.start : shard.stop] = values
+                local[names[owned.param]].view(-1)[owned.start : owned.stop] = values
         for name, param in self.named_parameters():
             expert = not getattr(param, "allreduce", True)
             dense = self.ps.get_data_parallel_group(with_context_parallel=True)

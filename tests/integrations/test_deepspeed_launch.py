@@ -11,7 +11,7 @@ import pytest
 
 from launch.metrics import read_metrics
 from launch.pretrain_deepspeed import CONFIG, parse_arguments
-from tests.torchrun import ROOT, flags, run_to_end
+from tests.torchrun import CORPUS, flags, run_to_end
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("deepspeed"), reason="deepspeed is not installed: see the README"),
@@ -40,7 +40,7 @@ SIZES = {
     "--steps": 6,
     "--checkpoint-interval": 3,
     "--log-interval": 2,
-    "--data": ROOT / "distributed_muon" / "layout" / "matrices.py",
+    "--data": CORPUS,
 }
 JOB = ["launch.pretrain_deepspeed", *flags(SIZES)]
 
@@ -59,7 +59,6 @@ def test_torchrun_and_the_deepspeed_launcher_continue_each_other(tmp_path: Path)
 
     shutil.copytree(first, second)
     shutil.rmtree(second / "checkpoints" / "step-00000006")
-    (second / "checkpoints" / "latest").write_text("step-00000003")
     launcher = ["deepspeed", "--num_accelerators", "2", "--module"]
     resumed, _ = run_to_end([*JOB, "--run-dir", second, "--resume"], launcher, LIMIT)
     assert losses(second) == losses(first)
@@ -95,6 +94,6 @@ def test_ready_configs_are_accepted() -> None:
 )
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     job = ["launch.hf_trainer_deepspeed", "--output-dir", tmp_path, "--steps", 12, "--hidden-size", 32]
-    data = ["--data", ROOT / "distributed_muon" / "layout" / "matrices.py"]
+    data = ["--data", CORPUS]
     (first, *_, last), _ = run_to_end([*job, *data], limit=LIMIT)
     assert last < first - 0.5

@@ -65,6 +65,8 @@ REFUSED: dict[str, list[tuple[str, str, Any]]] = {
     "use_precision_aware_optimizer": [("config", "use_precision_aware_optimizer", True)],
     "optimizer_cpu_offload": [("config", "optimizer_cpu_offload", True)],
     "num_distributed_optimizer_instances > 1": [("ddp", "num_distributed_optimizer_instances", 2)],
+    "fp8_param_gather": [("ddp", "fp8_param_gather", True)],
+    "fp4_param_gather": [("ddp", "fp4_param_gather", True)],
     "qk_clip": [("model", "qk_clip", True)],
     "no matrix": [],
 }
@@ -133,9 +135,12 @@ def train(case: Case, scale: float = 1.0) -> dict[str, Any]:
         for group in job.optimizer.param_groups:
             group["max_lr"] = LR * scale
         job.scheduler.step(0)
-    history = job.train(STEPS)
+    history, calls = [], 0
+    for _ in range(STEPS):
+        history.append(job.step())
+        calls += job.muon.step_report()["ns_calls"]
     counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, job.muon.step_report()["ns_calls"])
+    dist.all_gather_object(counts, calls)
     weights = plain(job.weights())
     unique = sum(value.size for value in weights.values())
     held: list[Any] = [None] * dist.get_world_size()
@@ -148,7 +153,7 @@ def train(case: Case, scale: float = 1.0) -> dict[str, Any]:
         "zeros": norm_of(job, 0.0),
         "unique": unique,
         "bytes": held,
-        "exchange": [part.plan.exchange_bytes_by_rank for part in job.muon.parts],
+        "exchange": [domain.engine.plan.exchange_bytes_by_rank for domain in job.muon.domains],
         "straddling": straddling(job),
     }
 
@@ -163,20 +168,20 @@ def norm_of(job: Job, value: float) -> float:
 
 def state_bytes(job: Job) -> tuple[int, float]:
     """Bytes of masters and moments that this rank owns, and the share that is ideal: 8 x Muon + 12 x AdamW."""
-    own = sum(t.numel() * 4 for shard in job.muon.shards for t in (shard.master, *shard.state.values()) if t.ndim)
+    own = sum(t.numel() * 4 for owned in job.muon.owned for t in (owned.master, *owned.state.values()) if t.ndim)
     ideal = 0.0
-    for part in job.muon.parts:
-        for member in part.members:
-            ideal += member.param.numel() * (12 if member.spec.rule is None else 8) / len(part.cut)
+    for domain in job.muon.domains:
+        for member in domain.members:
+            ideal += member.param.numel() * (12 if member.spec.rule is None else 8) / len(domain.cut)
     return own, ideal
 
 
 def straddling(job: Job) -> int:
     """Matrices of this rank's domains with pieces on several ranks."""
     count = 0
-    for part in job.muon.parts:
+    for domain in job.muon.domains:
         ranks: dict[int, set[int]] = {}
-        for piece in part.plan.layout.pieces:
+        for piece in domain.engine.plan.layout.pieces:
             ranks.setdefault(piece.matrix, set()).add(piece.rank)
         count += sum(len(held) > 1 for held in ranks.values())
     return count
@@ -315,9 +320,9 @@ def overflow(case: Case) -> dict[str, Any]:
     job = Job(case)
     job.set_gradients(0)
     before = {key: job.masters(key) for key in ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")}
-    own = job.muon.shards[0]
+    own = job.muon.owned[0]
     if dist.get_rank() == 1:
-        own.member.param.main_grad.view(-1)[own.start] = float("inf")
+        own.param.main_grad.view(-1)[own.start] = float("inf")
     said = job.optimizer.step()
     after = {key: job.masters(key) for key in before}
     same = all(torch.equal(before[key][name], after[key][name]) for key in before for name in before[key])

@@ -23,20 +23,20 @@ WIDE = Case(model={"num_query_groups": 4})
 MOE = Case(moe=True, model={"num_query_groups": 4})
 STATES = ("master", "momentum_buffer", "exp_avg", "exp_avg_sq")
 OVERLAP = MOE.but(pp=2, ep=2, overlap=True, bucket=3000)
-# saved as: (case, {loaded as: (case, through)})
+# saved as: (case, {loaded as: case})
 RESHARDINGS = {
     "TP2xDP2": (
         WIDE.but(tp=2),
         {
-            "TP2xDP2": (WIDE.but(tp=2), "dist_checkpointing"),
-            "PP2xDP2": (WIDE.but(pp=2), "dist_checkpointing"),
-            "DP4": (WIDE, "dist_checkpointing"),
-            "TP4": (WIDE.but(tp=4), "dcp"),
+            "TP2xDP2": WIDE.but(tp=2),
+            "PP2xDP2": WIDE.but(pp=2),
+            "DP4": WIDE,
+            "TP4": WIDE.but(tp=4),
         },
     ),
     "TP2xEP2xETP1": (
         MOE.but(tp=2, ep=2, etp=1),
-        {"EP4": (MOE.but(ep=4), "dcp"), "PP2xEP2 overlap": (OVERLAP, "dist_checkpointing")},
+        {"EP4": MOE.but(ep=4), "PP2xEP2 overlap": OVERLAP},
     ),
 }
 
@@ -48,28 +48,22 @@ def sharded_model(job: Job) -> dict[str, Any]:
     return dict(zip(names, states, strict=True))
 
 
-def save(job: Job, path: Path, through: str) -> None:
+def save(job: Job, path: Path) -> None:
     from megatron.core import dist_checkpointing
-
-    from distributed_muon.integrations import megatron_dcp
 
     if dist.get_rank() == 0:
         path.mkdir()
     dist.barrier()
     model = sharded_model(job)
-    write = dist_checkpointing.save if through == "dist_checkpointing" else megatron_dcp.save
-    write({**model, "optimizer": job.optimizer.sharded_state_dict(model)}, str(path))
+    dist_checkpointing.save({**model, "optimizer": job.optimizer.sharded_state_dict(model)}, str(path))
 
 
-def load(job: Job, path: Path, through: str) -> None:
+def load(job: Job, path: Path) -> None:
     from megatron.core import dist_checkpointing
-
-    from distributed_muon.integrations import megatron_dcp
 
     model = sharded_model(job)
     request = {**model, "optimizer": job.optimizer.sharded_state_dict(model, is_loading=True)}
-    read = dist_checkpointing.load if through == "dist_checkpointing" else megatron_dcp.load
-    state = read(request, str(path))
+    state = dist_checkpointing.load(request, str(path))
     for name, chunk in zip(model, job.chunks, strict=True):
         chunk.module.load_state_dict(state[name])
     job.optimizer.load_state_dict(state["optimizer"])
@@ -98,14 +92,13 @@ def reshard(name: str, folder: Path) -> dict[str, Any]:
     saved_as, loaded_as = RESHARDINGS[name]
     job = Job(saved_as)
     job.train(2)
-    save(job, folder / f"{name} dist_checkpointing", "dist_checkpointing")
-    save(job, folder / f"{name} dcp", "dcp")
+    save(job, folder / name)
     state = plain(job)
     results = {"losses": [entry[0] for entry in job.train(5)], "loaded": {}}
     results["weights"] = {key: value.numpy() for key, value in job.weights().items()}
-    for other, (case, through) in loaded_as.items():
+    for other, case in loaded_as.items():
         job = Job(case)
-        load(job, folder / f"{name} {through}", through)
+        load(job, folder / name)
         job.done = 2
         job.scheduler.step(2)
         after = plain(job)
@@ -208,7 +201,7 @@ def state_from_the_start() -> dict[str, Any]:
     again = plain(job)
     unchanged = all(np.array_equal(before[key][name], again[key][name]) for key in STATES for name in before[key])
     job.train(1)
-    dtypes = {str(t.dtype) for shard in job.muon.shards for t in (shard.master, *shard.state.values())}
+    dtypes = {str(t.dtype) for owned in job.muon.owned for t in (owned.master, *owned.state.values())}
     return {"same keys": keys == state_keys(job), "unchanged": unchanged, "dtypes": dtypes, "count": len(keys)}
 
 

@@ -45,18 +45,18 @@ def train_and_resume(rank: int, world: int, folder: Path, name: str) -> dict[str
     from megatron.core import parallel_state
 
     from launch.loop import train
-    from launch.pretrain_megatron import Trainer, parse_arguments
+    from launch.pretrain_megatron import MegatronTrainer, parse_arguments
     from launch.world import World
 
     where = World(rank, world, torch.device("cpu"))
     run, flags = folder / name.replace(" ", "-"), ["--config", str(folder / "run.yaml"), *RUNS[name]]
-    whole = train(Trainer, parse_arguments([*flags, "--run-dir", str(run)]), where)
+    whole = train(MegatronTrainer, parse_arguments([*flags, "--run-dir", str(run)]), where)
     parallel_state.destroy_model_parallel()
     if rank == 0:
         shutil.rmtree(run / "checkpoints" / "step-00000004")
         shutil.copy(run / "metrics.jsonl", run / "whole.jsonl")
     where.barrier()
-    resumed = train(Trainer, parse_arguments([*flags, "--run-dir", str(run), "--resume"]), where)
+    resumed = train(MegatronTrainer, parse_arguments([*flags, "--run-dir", str(run), "--resume"]), where)
     parallel_state.destroy_model_parallel()
     return {"whole": whole, "resumed": resumed, "run": str(run)}
 

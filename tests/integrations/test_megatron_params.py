@@ -262,6 +262,8 @@ def test_overrides_say_the_last_word() -> None:
 
 
 def test_names_of_several_chunks_and_shared_parameters() -> None:
-    chunk = nn.ModuleDict({"module": MLP()})
+    chunk, other = nn.ModuleDict({"module": MLP()}), nn.ModuleDict({"module": MLP()})
     found = read_parameters([chunk, chunk], TensorParallel(1, 1), {})
-    assert [member.name for member in found] == ["model0.linear_fc1.weight", "model0.linear_fc2.weight"]
+    assert [member.name for member in found] == ["linear_fc1.weight", "linear_fc2.weight"]
+    names = [member.name for member in read_parameters([chunk, other], TensorParallel(1, 1), {})]
+    assert names == ["linear_fc1.weight", "linear_fc2.weight", "model1.linear_fc1.weight", "model1.linear_fc2.weight"]

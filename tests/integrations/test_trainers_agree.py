@@ -16,11 +16,12 @@ from launch.metrics import read_metrics
 from launch.models import MODELS as registry
 from launch.models import build_model
 from launch.models.huggingface import save
+from launch.models.layers import RopeScaling
 from launch.pretrain_deepspeed import CONFIG
 from tests.integrations import megatron_cpu
 from tests.integrations.test_megatron_checkpoint import checked
 from tests.spawn import run_ranks
-from tests.torchrun import ROOT, flags
+from tests.torchrun import CORPUS, flags
 
 STEPS = 50
 COMMON = {
@@ -37,7 +38,7 @@ COMMON = {
     "--lr": 0.01,
     "--clip": 0.5,
     "--validation-samples": 8,
-    "--data": ROOT / "distributed_muon" / "matrices.py",
+    "--data": CORPUS,
 }
 MODELS = {
     "dense": {"--model": "dense", "--num-key-value-heads": 2, "--head-dim": 8, **COMMON},
@@ -52,6 +53,11 @@ MODELS = {
         **COMMON,
     },
 }
+# What the checkpoints of Llama 3.1 and DeepSeek-V3 have and the trainers' own models have not.
+LIKE_PUBLISHED = {
+    "dense": {"rope_scaling": RopeScaling("llama3", 8.0, 8192)},
+    "moonlight": {"q_lora_rank": 24, "n_group": 2, "topk_group": 1},
+}
 PARALLEL = {
     "dense TP2": ("--tp", "2"),
     "dense PP2": ("--pp", "2"),
@@ -64,6 +70,13 @@ OTHERS = {
 }
 
 
+CLASSES = {
+    "pretrain": "PlainTrainer",
+    "pretrain_deepspeed": "DeepSpeedTrainer",
+    "pretrain_megatron": "MegatronTrainer",
+}
+
+
 def train_here(rank: int, world: int, trainer: str, words: list[str]) -> None:
     if trainer == "pretrain_megatron":
         megatron_cpu.install()
@@ -73,7 +86,7 @@ def train_here(rank: int, world: int, trainer: str, words: list[str]) -> None:
 
     module = import_module(f"launch.{trainer}")
     args = module.parse_arguments(words)
-    checked(lambda: train(module.Trainer, args, World(rank, world, torch.device("cpu"))))
+    checked(lambda: train(getattr(module, CLASSES[trainer]), args, World(rank, world, torch.device("cpu"))))
 
 
 def curve(folder: Path, trainer: str, options: dict[str, object], world: int = 1, *more: str) -> list[float]:
@@ -122,7 +135,9 @@ def test_a_checkpoint_starts_all_of_them(model: str, tmp_path: Path) -> None:
     torch.manual_seed(7)
     known = {field.name for field in fields(registry[model][0])}
     sizes = {flag[2:].replace("-", "_"): value for flag, value in MODELS[model].items()}
-    plain_model = build_model(model, vocab_size=384, **{key: size for key, size in sizes.items() if key in known})
+    plain_model = build_model(
+        model, vocab_size=384, **{key: size for key, size in sizes.items() if key in known}, **LIKE_PUBLISHED[model]
+    )
     save(plain_model, tmp_path / "checkpoint")
     size_flags = {f"--{name.replace('_', '-')}" for name in known}
     options = {flag: value for flag, value in MODELS[model].items() if flag not in size_flags}

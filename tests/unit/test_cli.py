@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,6 +126,31 @@ def test_plan_in_words(capsys, tiny):
     assert "1408 x 2048" in out
 
 
+def test_planning_does_not_wait_for_torch() -> None:
+    """What only counts shapes and ranks imports no torch, nor does the command that plans."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # any import of it raises
+        "import pkgutil, importlib, distributed_muon.layout, distributed_muon.planning\n"
+        "for room in (distributed_muon.layout, distributed_muon.planning):\n"
+        "    for module in pkgutil.iter_modules(room.__path__, room.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "assert 'distributed_muon.layout.plan' in sys.modules and 'distributed_muon.planning.simulate' in sys.modules\n"
+        "from distributed_muon.__main__ import main\n"
+        "sys.exit(main(['plan', '--model', 'llama-3-8b', '--dp', '8', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["matrices"] == 224
+
+
+def test_the_package_gives_what_it_names() -> None:
+    import distributed_muon
+
+    assert all(getattr(distributed_muon, name) for name in distributed_muon.__all__)
+    with pytest.raises(AttributeError, match="'distributed_muon' has no attribute 'absent'"):
+        distributed_muon.absent  # noqa: B018
+
+
 def test_one_rank_has_no_traffic(capsys, tiny):
     report = plan(capsys, "--hf-config", tiny, "--dp", "1")
     assert (report["exchange_bytes_max"], report["comm_over_adamw"]) == (0, None)
@@ -196,6 +223,7 @@ def test_audit_of_a_config(capsys, tiny):
         (["json:absent"], "json has no callable 'absent'"),
         (["builtins:dict"], "returned a dict, not a torch.nn.Module"),
         (["--hf-config", "absent.json"], "absent.json"),
+        ([f"{__name__}:build", "--adjust-lr-fn", "none"], "adjust_lr_fn 'none' is unknown: choose one of original"),
     ],
 )
 def test_audit_errors_are_one_line(capsys, args, says):

@@ -165,3 +165,43 @@ def test_wrong_data_is_named(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"content": "text"}\n')
     with pytest.raises(ValueError, match=r'x\.jsonl: line 1 has no "text" key'):
         load_data([tmp_path / "x.jsonl"], 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n\n{"text": \n', "line 3 is not JSON: Expecting value"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "line 2 is not JSON: 'utf-8' codec can't decode"),
+        (b'{"text": "a"}\n["text"]\n', 'line 2 has no "text" key with a string'),
+        (b'{"text": 3}\n', 'line 1 has no "text" key with a string'),
+    ],
+)
+def test_a_broken_jsonl_is_named_with_its_line(tmp_path, content, message):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_data([file], 4)
+    assert str(error.value).startswith(f"--data {file}: {message}")
+
+
+def test_a_jsonl_may_have_line_separators_in_its_strings(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "one\u2028two\x85three' + "!" * 200 + '"}\r\n', encoding="utf-8")
+    assert load_data([file], 4).train.arrays[0].size > 150
+
+
+@pytest.mark.parametrize("name", ["a.bin", "a.npy"])
+def test_a_broken_token_file_is_named(tmp_path, name):
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"--data .*{name}: "):
+        load_data([tmp_path / name], 4)
+
+
+def test_a_missing_or_broken_tokenizer_is_named(tmp_path):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "a.txt").write_text("some text " * 50)
+    with pytest.raises(ValueError, match=r"--tokenizer .*nowhere\.json: no such file"):
+        load_data([tmp_path / "a.txt"], 4, tokenizer=tmp_path / "nowhere.json")
+    (tmp_path / "t.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"--tokenizer .*t\.json: not a tokenizer\.json"):
+        load_data([tmp_path / "a.txt"], 4, tokenizer=tmp_path / "t.json")

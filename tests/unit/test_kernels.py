@@ -21,6 +21,7 @@ from distributed_muon import kernels
 from distributed_muon.engine.newton_schulz import orthogonalize
 from distributed_muon.kernels import panels
 from distributed_muon.layout.cost_model import ns_flops
+from tests.symmetric_products import symmetric_addmm_reference, xxt_reference
 
 SHAPES = ((1, 1), (5, 7), (16, 16), (33, 17), (48, 80), (2, 20, 40), (3, 35, 9))
 
@@ -107,7 +108,7 @@ def test_triton_kernels_refuse_cpu_tensors():
     from distributed_muon.kernels import symmetric
 
     a = torch.eye(4)
-    for call in (lambda: symmetric.xxt(a), lambda: symmetric.symmetric_polynomial(a, 1.0, 2.0)):
+    for call in (lambda: symmetric.xxt(a), lambda: symmetric.symmetric_addmm(a, a, a, beta=1.0)):
         with pytest.raises(ValueError, match=r"tensor on cpu: it is a GPU kernel"):
             call()
 
@@ -131,7 +132,7 @@ def check_xxt() -> None:
     for shape in SHAPES:
         for dtype in (torch.float32, torch.float16):
             x = randn(*shape).to(dtype)
-            close(symmetric.xxt(x), symmetric.xxt_reference(x))
+            close(symmetric.xxt(x), xxt_reference(x))
 
 
 def check_symmetric_addmm() -> None:
@@ -139,7 +140,7 @@ def check_symmetric_addmm() -> None:
 
     for shape in ((1, 1), (17, 17), (40, 40), (2, 20, 20)):
         start, x, y = commuting(*shape)
-        expected = symmetric.symmetric_addmm_reference(start, x, y, beta=-0.5, alpha=2.0)
+        expected = symmetric_addmm_reference(start, x, y, beta=-0.5, alpha=2.0)
         close(expected, 2 * x @ y - 0.5 * start)
         close(symmetric.symmetric_addmm(start, x, y, beta=-0.5, alpha=2.0), expected)
 
@@ -150,9 +151,9 @@ def check_symmetric_polynomial() -> None:
     for shape in ((1, 1), (17, 17), (40, 40), (2, 20, 20)):
         for dtype in (torch.float32, torch.float16):
             a = commuting(*shape)[0].to(dtype)
-            expected = symmetric.symmetric_polynomial_reference(a, -4.775, 2.0315)
+            expected = symmetric_addmm_reference(a, a, a, beta=-4.775, alpha=2.0315)
             close(expected, -4.775 * a.float() + 2.0315 * a.float() @ a.float(), atol=5e-3)
-            close(symmetric.symmetric_polynomial(a, -4.775, 2.0315), expected, atol=5e-3)
+            close(symmetric.symmetric_addmm(a, a, a, beta=-4.775, alpha=2.0315), expected, atol=5e-3)
 
 
 def check_only_the_lower_tiles_are_computed() -> None:
@@ -173,11 +174,11 @@ def check_strides_and_edges() -> None:
     x = frame[:2, :21, 3:40]
     target = torch.full((3, 30, 30), float("nan"))
     out = symmetric.xxt(x, target[:2, :21, :21])
-    close(out, symmetric.xxt_reference(x))
+    close(out, xxt_reference(x))
     assert out.data_ptr() == target.data_ptr()
     assert target[:2, 21:].isnan().all() and target[:2, :, 21:].isnan().all() and target[2].isnan().all()
     close(symmetric.xxt(x[0].t()), x[0].t() @ x[0])
-    close(symmetric.xxt(x[:, ::2, ::3]), symmetric.xxt_reference(x[:, ::2, ::3]))
+    close(symmetric.xxt(x[:, ::2, ::3]), xxt_reference(x[:, ::2, ::3]))
     assert symmetric.xxt(torch.empty(0, 4)).shape == (0, 0)
     assert symmetric.xxt(torch.empty(4, 0)).count_nonzero() == 0
 
@@ -191,7 +192,7 @@ def check_errors() -> None:
         (lambda: symmetric.xxt(x[0]), "2-D or stacked"),
         (lambda: symmetric.xxt(x, torch.empty(6, 6)), "of shape (4, 4)"),
         (lambda: symmetric.xxt(x, torch.empty(4, 4, dtype=torch.float16)), "want torch.float32"),
-        (lambda: symmetric.symmetric_polynomial(x, 1.0, 1.0), "of shape (4, 4)"),
+        (lambda: symmetric.symmetric_addmm(x, x, x, beta=1.0), "of shape (4, 4)"),
     ):
         try:
             call()

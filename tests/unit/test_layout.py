@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import random
 
 import pytest
 import torch
 
 from distributed_muon.layout.cutting import ALIGNMENT, bucket_elements, cut_buckets, make_buckets
-from distributed_muon.layout.matrices import TensorSpec, Whole
+from distributed_muon.layout.matrices import Split, TensorSpec, Whole
 from distributed_muon.layout.pieces import Layout, Shard
 from tests.dense import matrices_of, spec_of, tp_slice
 from tests.unit.test_matrices import CASES
@@ -115,12 +116,62 @@ def test_aligned_order_keeps_matrices_on_one_rank() -> None:
         assert sum(count > 1 for count in holders) == straddling
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_aligned_order_takes_the_largest_that_fits(seed: int) -> None:
+    """Against the rule itself: the largest tensor that fits into what is left of a shard, else the largest of all."""
+    rng = random.Random(seed)
+    numels = [rng.choice([1, 16, 17, 48, 64, 200, 500]) for _ in range(rng.randint(1, 60))]
+    dp = rng.choice([1, 2, 5])
+    (bucket,) = make_buckets(numels, dp, bucket_numel=None, aligned=True)
+    left, at = sorted(range(len(numels)), key=lambda t: (-numels[t], t)), 0
+    for tensor in bucket.tensors:
+        room = bucket.numel // dp - at % (bucket.numel // dp)
+        padded = {t: -(-numels[t] // ALIGNMENT) * ALIGNMENT for t in left}
+        expected = next((t for t in left if padded[t] <= room), left[0])
+        assert tensor == expected
+        left.remove(tensor)
+        at += padded[tensor]
+
+
+def test_a_tensor_without_elements_has_no_shard() -> None:
+    (bucket,) = make_buckets([16, 0], 2, bucket_numel=None, aligned=False, order=[0, 1])
+    assert cut_buckets([bucket], [16, 0], 2) == [[Shard(0, 0, 16)], []]
+
+
 def test_padding_is_small() -> None:
     """Row 37: at most 2 % of a model's elements, not the world size times the largest shard."""
     layer = [1408 * 128, 128 * 1408, 576 * 128, 128, 512 * 16, 3000 * 128, 64, 192 * 128]
     for dp, aligned in itertools.product((2, 8, 64), (False, True)):
         buckets = make_buckets(layer * 12, dp, bucket_numel=200_000 * dp, aligned=aligned)
         assert sum(bucket.numel for bucket in buckets) <= 1.02 * sum(layer * 12)
+
+
+def test_a_shard_holds_at_most_three_pieces_of_a_rectangle() -> None:
+    """Columns 0 to 2 of a 6 x 5 tensor, cut inside rows 1 and 4: the rest of a row, whole rows, the begin of a row."""
+    spec = TensorSpec("w", (6, 5), Split((2, 3), dim=1))
+    layout = Layout.build([spec], [[Shard(0, 0, 6)], [Shard(0, 6, 21)], [Shard(0, 21, 30)]])
+    found = [(p.rank, p.offset, p.stride, p.at, p.rows, p.cols) for p in layout.pieces if p.matrix == 0]
+    assert found == [
+        (0, 0, 5, 0, 1, 2), (0, 5, 5, 2, 1, 1),
+        (1, 0, 5, 3, 1, 1), (1, 4, 5, 4, 2, 2), (1, 14, 5, 8, 1, 1),
+        (2, 0, 5, 9, 1, 1), (2, 4, 5, 10, 1, 2),
+    ]  # fmt: skip
+    whole = Layout.build([spec], [[Shard(0, 0, 10)], [Shard(0, 10, 30)]])
+    assert [(p.rank, p.at, p.rows, p.cols) for p in whole.pieces if p.matrix == 0] == [(0, 0, 2, 2), (1, 4, 4, 2)]
+
+
+def test_equal_layouts_are_equal_and_pieces_are_numbers() -> None:
+    """Plans are compared across ranks; pieces that kept numpy's integers would not print or hash like others."""
+    assert build(2, 1, 150, False) == build(2, 1, 150, False) != build(2, 1, 150, True)
+    layout = build(3, 2, 150, True)
+    assert all(type(value) is int for piece in layout.pieces for value in piece)
+    assert list(layout.pieces) == sorted(layout.pieces, key=lambda p: (p.matrix, p.rank, p.shard, p.offset))
+    assert [tuple(column) for column in layout.columns] == list(zip(*layout.pieces, strict=True))
+    for matrix, held in enumerate(layout.holders):
+        pieces = [piece for piece in layout.pieces if piece.matrix == matrix]
+        assert held == {
+            rank: sum(p.numel for p in pieces if p.rank == rank) for rank in sorted({p.rank for p in pieces})
+        }
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from distributed_muon.layout.matrices import QKV, Conv, Experts, Matrix, MatrixRule, Region, Split, TensorSpec, Whole
+from distributed_muon.layout.matrices import QKV, Conv, Experts, Matrix, MatrixRule, Rectangle, Split, TensorSpec, Whole
+from distributed_muon.layout.teams import cut_into_blocks
 from tests.dense import matrices_of, spec_of, tp_slice
 
 # name: global shape, rule, dimension that tensor parallelism cuts, interleaved parts per TP rank
@@ -35,7 +36,7 @@ CASES = {
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_blocks_place_every_element_of_every_tp_rank(case: str, tp: int) -> None:
+def test_rectangles_place_every_element_of_every_tp_rank(case: str, tp: int) -> None:
     """Rows 11, 14 and 15: local rectangles land where dense indexing of the whole tensor puts them."""
     shape, rule, dim, stride = CASES[case]
     spec = spec_of("w", shape, rule, dim, stride, tp)
@@ -48,12 +49,13 @@ def test_blocks_place_every_element_of_every_tp_rank(case: str, tp: int) -> None
     stack, rows, cols = spec.view
     for tp_rank in range(tp if dim is not None else 1):
         local = tp_slice(numbers, rule, dim, stride, tp, tp_rank).view(stack * rows, cols)
-        blocks = spec.rectangles(tp_rank)
-        assert [(b.local_row, b.local_col) for b in blocks] == sorted((b.local_row, b.local_col) for b in blocks)
-        for b in blocks:
-            target = built[b.matrix][b.row : b.row + b.rows, b.col : b.col + b.cols]
+        rectangles = spec.rectangles(tp_rank)
+        corners = [(r.local_row, r.local_col) for r in rectangles]
+        assert corners == sorted(corners)
+        for r in rectangles:
+            target = built[r.matrix][r.row : r.row + r.rows, r.col : r.col + r.cols]
             assert (target == -1).all(), "an element is placed twice"
-            target.copy_(local[b.local_row : b.local_row + b.rows, b.local_col : b.local_col + b.cols])
+            target.copy_(local[r.local_row : r.local_row + r.rows, r.local_col : r.local_col + r.cols])
     for got, want in zip(built, dense, strict=True):
         assert torch.equal(got, want)
 
@@ -64,29 +66,45 @@ def test_blocks_place_every_element_of_every_tp_rank(case: str, tp: int) -> None
 def test_teams_cut_the_long_side_and_keep_the_logical_shape(case: str, team: int, tp: int) -> None:
     """Row 12: the blocks of a team cover the matrix once, and its scale is that of the whole."""
     shape, rule, dim, stride = CASES[case]
-    plain = spec_of("w", shape, rule, dim, stride, tp)
-    whole = plain.matrices()
-    sizes = tuple(min(team, max(m.shape)) for m in whole)
-    spec = TensorSpec("w", plain.shape, rule, dim, plain.tp_size, stride, sizes)
+    spec = spec_of("w", shape, rule, dim, stride, tp)
+    whole = spec.matrices()
+    sizes = [min(team, max(m.shape)) for m in whole]
     numbers = torch.arange(torch.Size(shape).numel()).view(shape)
     parts = []
     for dense, size in zip(matrices_of(numbers, rule), sizes, strict=True):
         long = 1 if dense.shape[1] >= dense.shape[0] else 0
         cuts = [i * dense.shape[long] // size for i in range(size + 1)]
         parts += [dense.narrow(long, a, b - a) for a, b in pairwise(cuts)]
-    matrices = spec.matrices()
-    assert [m.shape for m in matrices] == [tuple(part.shape) for part in parts]
-    expected = [m.shape for m, size in zip(whole, sizes, strict=True) for _ in range(size)]
-    assert [m.logical_shape for m in matrices] == expected
     built = [torch.full(part.shape, -1) for part in parts]
-    for tp_rank in range(plain.tp_size):
+    for tp_rank in range(spec.tp_size):
+        blocks, rectangles = cut_into_blocks(whole, spec.rectangles(tp_rank), sizes)
+        assert [m.shape for m in blocks] == [tuple(part.shape) for part in parts]
+        expected = [(m.shape, size) for m, size in zip(whole, sizes, strict=True) for _ in range(size)]
+        assert [(m.logical_shape, m.team) for m in blocks] == expected
+        corners = [(r.local_row, r.local_col) for r in rectangles]
+        assert corners == sorted(corners)
         stack, rows, cols = spec.view
         local = tp_slice(numbers, rule, dim, stride, tp, tp_rank).view(stack * rows, cols)
-        for b in spec.rectangles(tp_rank):
-            target = built[b.matrix][b.row : b.row + b.rows, b.col : b.col + b.cols]
-            target.copy_(local[b.local_row : b.local_row + b.rows, b.local_col : b.local_col + b.cols])
+        for r in rectangles:
+            target = built[r.matrix][r.row : r.row + r.rows, r.col : r.col + r.cols]
+            assert (target == -1).all(), "an element is placed twice"
+            target.copy_(local[r.local_row : r.local_row + r.rows, r.local_col : r.local_col + r.cols])
     for got, want in zip(built, parts, strict=True):
         assert torch.equal(got, want)
+
+
+def test_a_block_is_cut_out_of_the_rectangles_it_meets() -> None:
+    """The docstring's example, and a tall matrix in near-equal parts; columns where the sides are equal."""
+    wide, tall, square = Matrix("a", 24, 90), Matrix("b", 11, 3), Matrix("c", 4, 4)
+    rectangles = [Rectangle(0, 5, 0, 0, 40, 24, 10), Rectangle(1, 29, 0, 0, 0, 11, 3)]
+    blocks, parts = cut_into_blocks([wide, tall, square], rectangles, [2, 3, 2])
+    assert [m.shape for m in blocks] == [(24, 45), (24, 45), (3, 3), (4, 3), (4, 3), (4, 2), (4, 2)]
+    assert blocks[0] == blocks[1] == Matrix("a", 24, 45, 2, (24, 90))
+    assert parts == [
+        Rectangle(0, 5, 0, 0, 40, 24, 5), Rectangle(1, 5, 5, 0, 0, 24, 5),
+        Rectangle(2, 29, 0, 0, 0, 3, 3), Rectangle(3, 32, 0, 0, 0, 4, 3), Rectangle(4, 36, 0, 0, 0, 4, 3),
+    ]  # fmt: skip
+    assert cut_into_blocks([wide, tall, square], rectangles, [1, 1, 1]) == ([wide, tall, square], rectangles)
 
 
 def test_names_say_which_part() -> None:
@@ -102,15 +120,6 @@ def test_names_say_which_part() -> None:
     }
     for spec, expected in names.items():
         assert [m.name for m in spec.matrices()] == expected
-
-
-def test_regions_split_near_equally_along_the_long_side() -> None:
-    tall = Region("", ((0, 4), (10, 17)), (2, 5))  # 11 x 3
-    assert [part.shape for part in tall.split(3)] == [(3, 3), (4, 3), (4, 3)]
-    assert [part.row_ranges for part in tall.split(3)] == [((0, 3),), ((3, 4), (10, 13)), ((13, 17),)]
-    square = Region("", ((0, 4),), (3, 7))
-    assert [part.cols for part in square.split(2)] == [(3, 5), (5, 7)], "columns where the sides are equal"
-    assert tall.split(1) == [tall]
 
 
 def test_a_matrix_that_is_no_block_is_its_own_logical_shape() -> None:
@@ -151,3 +160,14 @@ def test_rows_that_do_not_divide_into_interleaved_parts_are_refused() -> None:
 def test_empty_parameters_have_no_matrices() -> None:
     assert TensorSpec("w", (0, 4), Whole()).matrices() == []
     assert TensorSpec("w", (4, 0), Whole()).matrices() == []
+
+
+def test_rules_given_as_lists_are_hashed_like_tuples() -> None:
+    assert hash(Split([1, 3], names=["a", "b"])) == hash(Split((1, 3), names=("a", "b")))
+    assert [m.name for m in TensorSpec("w", (4, 6), Split([1, 3], names=["a", "b"])).matrices()] == ["w[a]", "w[b]"]
+
+
+def test_rules_derive_from_one_base_and_are_not_each_other() -> None:
+    rules = (Whole(), Conv(), Split((1,)), QKV(), Experts())
+    assert all(isinstance(rule, MatrixRule) for rule in rules)
+    assert not any(isinstance(rule, Whole) for rule in rules[1:])

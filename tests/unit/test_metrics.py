@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import sys
-from argparse import Namespace
 from importlib import metadata
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.console import Console
 from launch import environment, loop
 from launch.data import TokenData
 from launch.metrics import MetricsWriter, plot_losses, read_metrics
+from launch.phases import Phases
 from launch.pretrain import parse_arguments
 from launch.progress import Lines, LiveTable, Silent, open_progress
 from launch.trackers import TensorBoard, check_installed, open_trackers
@@ -129,7 +129,7 @@ def test_plain_lines_without_a_terminal(capsys):
     for step in range(1, 6):
         display.update({"step": step, "loss": 1.5, "expert_load_max_over_mean": 2.0})
     display.validated(5, 1.25)
-    display.update({"step": 2, "loss": 1.5, "lr": 0.1, **RATES})
+    display.update({"step": 2, "loss": 1.5, "lr": 0.1, **RATES, "tflops": 412.34, "mfu": 0.4167})
     silent = open_progress(5, 0, 1, main=False)
     assert type(silent) is Silent
     silent.update({"step": 5, "loss": 1.5})
@@ -137,7 +137,7 @@ def test_plain_lines_without_a_terminal(capsys):
     assert capsys.readouterr().out.splitlines() == [
         *(f"step {step}/5 loss 1.5" for step in (2, 4, 5)),
         "step 5 val_loss 1.2500",
-        "step 2/5 loss 1.5 lr 0.1 seconds 0.5 tokens/s 12,346 optimizer 12.5% exposed 10.0%",
+        "step 2/5 loss 1.5 lr 0.1 seconds 0.5 tokens/s 12,346 optimizer 12.5% exposed 10.0% TFLOP/s 412 MFU 41.7%",
     ]
 
 
@@ -146,7 +146,7 @@ def test_the_live_table_fits_the_terminal_and_gives_it_back(width, capsys):
     screen = io.StringIO()
     console = Console(file=screen, width=width, force_terminal=True, color_system=None)
     table = LiveTable(240, 0, console)
-    table.update({"step": 120, "loss": 3.25, "lr": 0.004, "grad_norm": 0.5, **RATES})
+    table.update({"step": 120, "loss": 3.25, "lr": 0.004, "grad_norm": 0.5, **RATES, "tflops": 412.34, "mfu": 0.4167})
     table.validated(120, 3.5)
     table.close()
     shown = screen.getvalue()
@@ -158,6 +158,7 @@ def test_the_live_table_fits_the_terminal_and_gives_it_back(width, capsys):
     assert cells["loss"] == "3.2500" and cells["val loss"] == "3.5000" and cells["tokens/s"] == "12,346"
     assert cells["optimizer"] == "12.5%" and cells["exposed"] == "10.0%"
     assert ("grad norm" in cells) == (width == 120)
+    assert (cells.get("TFLOP/s"), cells.get("MFU")) == (("412", "41.7%") if width == 120 else (None, None))
     assert capsys.readouterr().out == "step 120 val_loss 3.5000\n"
 
 
@@ -176,11 +177,15 @@ class Steps:
     def __init__(self, done=0, stop_at=0):
         self.data = TokenData([np.arange(99) % 5], [np.arange(99) % 5], 5, 4)
         self.done, self.stop_at, self.calls = done, stop_at, []
+        self.phases = Phases()
 
     def train_step(self, stop):
         self.done += 1
         self.calls.append(self.done)
         return {"loss": 1 / self.done, "optimizer_seconds": 0.0}, self.done == self.stop_at
+
+    def take_seconds(self):
+        return {"forward_backward": 0.5, "wait": 0.25}
 
     def validate(self):
         self.calls.append(f"validate {self.done}")
@@ -200,9 +205,10 @@ class Steps:
 
 
 def run(trainer, folder: Path, steps: int, save_hf: Path | None = None):
-    args = Namespace(
+    args = parse_arguments(["--model", "dense"])
+    vars(args).update(
         save_hf=save_hf,
-        **{"model": "none", "steps": steps, "run_dir": folder, "sequence_length": 4, "validation_samples": 8},
+        **{"steps": steps, "run_dir": folder, "sequence_length": 4, "validation_samples": 8},
         **{"validation_interval": 2, "checkpoint_interval": 3, "log_interval": 1, "log_to": []},
     )
     return loop.train(lambda args, world: trainer, args, ONE)
@@ -258,10 +264,10 @@ def test_loop_with_nothing_left_to_do_validates_only(tmp_path):
 
 
 def test_versions_name_the_packages_the_host_and_the_commit(tmp_path, monkeypatch):
-    described = environment.describe_run(ONE)
+    described = environment.describe_run(ONE, ["here"])
     assert described["versions"]["torch"] == metadata.version("torch")
-    assert list(described["ranks_by_host"].values()) == [1]
+    assert described["ranks_by_host"] == {"here": 1}
     if (Path(__file__).parents[2] / ".git").exists():
         assert len(described["commit"].removesuffix("-dirty")) == 40
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "environment.py"))  # not a checkout
-    assert environment.describe_run(ONE)["commit"] is None
+    assert environment.describe_run(ONE, ["here"])["commit"] is None

@@ -270,16 +270,11 @@ def marked(param: nn.Parameter, mark: str) -> nn.Parameter:
     return param
 
 
-class DTensor(nn.Parameter):
-    """The class name of a parameter after fully_shard or parallelize_module."""
-
-
 @pytest.mark.parametrize(
     ("param", "says"),
     [
         (marked(nn.Parameter(torch.zeros(64)), "_is_flat_param"), "FSDP1 or ZeRO-3.*unwrapped model"),
         (nn.Parameter(torch.zeros(0)), "FSDP1 or ZeRO-3.*unwrapped model"),
-        (DTensor(torch.zeros(8, 8)), "DTensor.*before fully_shard"),
     ],
 )
 def test_sharded_parameters_name_the_supported_route(param, says):

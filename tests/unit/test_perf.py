@@ -17,11 +17,13 @@ from distributed_muon.layout.pieces import Layout, Shard
 from distributed_muon.layout.plan import make_plan
 from distributed_muon.planning.simulate import DomainPlan
 from launch.world import World
-from perf import comm, fake_world, links, report
+from perf import comm, fake_world, links
 from perf.check import check
 from perf.cluster import MACHINES, Machine
 from perf.fake_world import Case, run_case
-from perf.prediction import WaveSeconds, pipeline, predict
+from perf.prediction import predict
+from perf.report import assemble
+from perf.waves import WaveSeconds, pipeline
 from perf.workload import MeasuredTraining, Setup, Training
 
 H100 = MACHINES["h100-ib400"]
@@ -108,7 +110,10 @@ def test_a_measured_step_is_predicted_as_by_hand() -> None:
 def test_a_collective_that_delays_computation_is_exposed_and_a_slow_one_outlasts_its_window() -> None:
     training = two_rank_training()
     found = predict(training, Setup("home"), measured_machine(0.75))
-    assert found.exposed["reduce_scatter"] == pytest.approx(0.75 * (2e-5 + 1088e-6))
+    # The wait for the last of two is less than the delay that all of it causes; for the all-gather likewise.
+    assert found.exposed["reduce_scatter"] == pytest.approx(1e-5 + 544e-6)
+    delays = [0.75 * (2e-5 + sent) - (1e-5 + sent / 2) for sent in (1088e-6, 544e-6)]
+    assert found.exposed["delayed"] == pytest.approx(sum(delays))
     short = replace(training, forward_backward=6e-4)  # of which the backward is 4e-4
     found = predict(short, Setup("home"), measured_machine(0.0))
     assert found.exposed["reduce_scatter"] == pytest.approx(2e-5 + 1088e-6 - 4e-4)
@@ -162,7 +167,10 @@ def test_a_check_compares_the_plan_of_the_measured_run() -> None:
     assert parts["reduce_scatter"] == {"predicted": pytest.approx(0.125, rel=1e-2), "measured": 0.25}
     assert row["predicted_seconds"] == pytest.approx(2.0 + sum(part["predicted"] for part in parts.values()))
     assert row["ratio"] == row["predicted_seconds"] / 4.0
-    assert row["rest_seconds"] == 4.0 - 2.0 - 0.125 - 0.75 - 0.25
+    assert parts["delayed"] == {"predicted": 0.0, "measured": 4.0 - 2.0 - 0.125 - 0.75 - 0.25}
+    distances = {name: abs(part["predicted"] - part["measured"]) for name, part in parts.items()}
+    assert row["off"] == pytest.approx(sum(distances.values()) / 4.0)
+    assert row["worst"] == max(distances, key=lambda name: distances[name])
     with pytest.raises(ValueError, match=r"--links is of 2 ranks and --check of 4"):
         check(fitted, measured_run(4))
 
@@ -260,25 +268,25 @@ def test_report_is_one_page_that_needs_nothing_else(tmp_path: Path) -> None:
     rows = [ours, {**row, "name": "torch.optim.Muon", "seconds": 2.5}]
     step = {"machine": MACHINE, "world": 2, "floor_seconds": 0.5, "rows": rows}
     (tmp_path / "step.json").write_text(json.dumps(step))
-    page = report.build(report.load(tmp_path))
+    page = assemble.build(assemble.load(tmp_path))
     assert "<b>2.50x</b>" in page and "A whole optimizer step" in page and "8 MiB" in page
     assert "&lt;&amp;&gt;" in page
-    assert page.count("<svg") == 2
+    assert page.count("<svg") == 4  # each chart for screens and for phones
     assert not re.search(r'(src|href)="(?!#)', page)  # no file, no network
-    assert page == report.build(report.load(tmp_path))
+    assert page == assemble.build(assemble.load(tmp_path))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in report.SECTIONS])
+@pytest.mark.parametrize("kind", [kind for kind in assemble.SECTIONS])
 def test_a_result_of_another_format_is_named(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"{kind}_old.json"
     path.write_text(json.dumps({"machine": MACHINE, "rows": [{"seconds": {}}]}))
     with pytest.raises(ValueError, match=rf"{kind}_old\.json is no result of this perf\.{kind} .*: measure again"):
-        report.build(report.load(tmp_path))
+        assemble.build(assemble.load(tmp_path))
 
 
 def test_report_without_results_says_what_to_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"holds no result: run perf\.step"):
-        report.load(tmp_path)
+        assemble.load(tmp_path)
     (tmp_path / "scale.json").write_text("{")
     with pytest.raises(ValueError, match=r"scale\.json is not JSON"):
-        report.load(tmp_path)
+        assemble.load(tmp_path)

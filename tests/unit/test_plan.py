@@ -83,6 +83,16 @@ def test_more_ranks_than_matrices_stay_near_what_is_possible(dp: int) -> None:
     assert max(shared.ns_flops_by_rank) <= largest
 
 
+def test_teams_are_taken_where_the_links_allow() -> None:
+    """One matrix on four ranks: all of them share it over fast links, none over slow ones."""
+    layout = layout_of([TensorSpec("w", (4096, 16384), Whole())], 4, None, False)
+    slow = replace(H100_INFINIBAND, node_bytes_per_second=1e6)
+    for hardware, team in ((H100_INFINIBAND, 4), (slow, 1)):
+        plan = make_plan(layout, "home", hardware=hardware)
+        assert [matrix.team for matrix in plan.layout.matrices] == [team] * team
+        assert sorted(plan.homes) == [(rank,) for rank in range(team)]
+
+
 def test_experts_are_homes_of_their_own() -> None:
     """A stack of 64 experts is spread over all ranks, not one rank's work."""
     plan = make_plan(layout_of([TensorSpec("experts", (64, 96, 32), Experts())], 8, None, False), "home")

@@ -1,0 +1,113 @@
+"""The user's parameters and our masters: who follows whom, and whether all ranks have the same."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.native.buckets import FlatBucket
+from distributed_muon.native.gather import ParameterGatherer
+
+
+class LinkedParameters:
+    """Parameters that lie in buckets, and stay the user's: they may be written, moved and loaded between steps.
+
+    Args:
+        buckets: all. params, names: by tensor number. gatherer: of the buckets. collectives: of the DP group.
+        places: name -> (the dictionary its module keeps the parameter in, the name there), where known.
+
+    Attributes:
+        behind: whether masters were restored that the parameters do not follow from yet.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[FlatBucket],
+        params: Sequence[nn.Parameter],
+        names: Sequence[str],
+        gatherer: ParameterGatherer,
+        collectives: Collectives,
+        places: Mapping[str, tuple[dict[str, Any], str]],
+    ) -> None:
+        self._buckets, self._params, self._names = buckets, params, names
+        self._gatherer, self._collectives = gatherer, collectives
+        self._places = [places.get(name, ({}, name)) for name in names]
+        self.behind = False
+
+    @torch.no_grad()
+    def start_from_first_rank(self, model: nn.Module | None) -> None:
+        """Let all ranks have rank 0's parameters and the model's buffers, as DDP does; collective."""
+        for bucket in self._buckets:
+            self._collectives.broadcast(bucket.flat)
+            bucket.part.adopt()
+        for buffer in model.buffers() if model is not None else ():
+            buffer.copy_(self._collectives.broadcast(buffer.contiguous()))
+
+    @torch.no_grad()
+    def follow(self) -> str | None:
+        """Take over what was written into the parameters or moved since the last step; no collective.
+
+        Returns:
+            What cannot be taken over, in words.
+        """
+        self._gatherer.wait()
+        for name, (held, leaf), param in zip(self._names, self._places, self._params, strict=True):
+            if held.get(leaf, param) is not param:
+                return (
+                    f"parameter {name!r} of the model was replaced by another nn.Parameter, as load_state_dict("
+                    "assign=True) does: load without assign, or build a new DistributedMuon"
+                )
+        try:
+            moved = [bucket.link_again() for bucket in self._buckets]
+        except RuntimeError as error:
+            return str(error)
+        if self.behind and not any(moved):
+            self.masters_restored()
+            if self.behind:
+                return (
+                    "parameters differ from the masters that load_state_dict() restored: call "
+                    "optimizer.gather_params() after loading, before the first forward"
+                )
+        self.behind = False
+        for bucket in self._buckets:
+            bucket.part.adopt()
+        return None
+
+    def adopt(self) -> None:
+        """`follow`, unless restored masters lead; raises a RuntimeError for what cannot be taken over."""
+        if not self.behind and (problem := self.follow()) is not None:
+            raise RuntimeError(problem)
+
+    def masters_restored(self) -> None:
+        """Note whether the parameters follow from masters that were loaded."""
+        self.behind = any(bucket.part.behind() for bucket in self._buckets)
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Rebuild every parameter from the masters of all ranks; collective."""
+        self.adopt()
+        self._gatherer.wait()
+        for index in range(len(self._buckets)):
+            self._gatherer.start(index)
+        self._gatherer.wait()
+        self.behind = False
+
+    @torch.no_grad()
+    def check_replicas(self) -> None:
+        """Raise a RuntimeError that names the first parameter whose bits differ between ranks; collective."""
+        self._gatherer.wait()
+        bits = {2: torch.int16, 4: torch.int32}
+        sums = [p.detach().reshape(-1).view(bits[p.element_size()]).sum(dtype=torch.int64) for p in self._params]
+        mine = torch.stack(sums)
+        extremes = self._collectives.all_reduce(torch.cat([mine, -mine]), maximum=True, counted=False).view(2, -1)
+        for number in (extremes[0] != -extremes[1]).nonzero().flatten().tolist()[:1]:
+            everyone = self._collectives.gather_objects(mine[number].item())
+            rank = next(rank for rank, other in enumerate(everyone) if other != everyone[0])
+            raise RuntimeError(
+                f"parameter {self._names[number]!r} differs between ranks 0 and {rank}: one of them computes or "
+                "remembers wrongly, or was written to by itself; resume from a checkpoint"
+            )

@@ -1,0 +1,165 @@
+"""State of FSDP2's parameters: DTensors over the engine's own memory, saved and loaded by torch on other meshes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor
+
+from tests.checks import on_ranks
+from tests.integrations.fsdp2_model import EVEN, build, compare, fsdp, mesh_of, tensor_parallel, train, whole_state
+from tests.spawn import run_ranks
+
+
+def shared_folder(rank: int) -> str:
+    """A new folder that all ranks know."""
+    folder = [tempfile.mkdtemp() if rank == 0 else ""]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def save(path: str, model, optimizer, **options) -> None:
+    options = StateDictOptions(**options)
+    state = {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.save(state, checkpoint_id=path)
+
+
+def load(path: str, model, optimizer, **options) -> None:
+    options = StateDictOptions(**options)
+    state = {
+        "model": get_model_state_dict(model, options=options),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+    dcp.load(state, checkpoint_id=path)
+    set_model_state_dict(model, state["model"], options=options)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+
+
+@on_ranks(2)
+def test_state_is_there_at_once_and_is_the_engines(rank: int, world: int) -> None:
+    model, optimizer, _ = build(fsdp(mesh_of(world, names=["dp"])))
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    keys = set(get_optimizer_state_dict(model, optimizer)["state"])
+    assert keys == {name for name, _ in model.named_parameters()}
+    assert not calls, "torch's get_optimizer_state_dict must not step"
+    model.loss(0, rank).backward()
+    optimizer.step()
+    for param in model.parameters():
+        for key, value in optimizer.state[param].items():
+            if key != "step":
+                assert isinstance(value, DTensor) and value.shape == param.shape
+                assert value.placements == param.placements
+                assert not param.to_local().numel() or value.to_local().abs().max() > 0
+    held = {
+        value.to_local().untyped_storage().data_ptr(): value.to_local().untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key != "step" and value.to_local().numel()
+    }
+    muon = sum(p.to_local().numel() for p in model.parameters() if "momentum_buffer" in optimizer.state[p])
+    adamw = sum(p.to_local().numel() for p in model.parameters() if "exp_avg" in optimizer.state[p])
+    assert sum(held.values()) == 4 * muon + 8 * adamw
+
+
+@on_ranks(4)
+def test_resume_on_another_mesh(rank: int, world: int) -> None:
+    """Three steps at FSDP 4, then one at HSDP 2 x 2 and at TP 2 x FSDP 2: the bits of four steps in one process."""
+    folder = shared_folder(rank)
+    for flatten in (False, True):
+        path = f"{folder}/{flatten}"
+        model, optimizer, twin = build(fsdp(mesh_of(4, names=["dp"])), EVEN, lr=0.03)
+        twin = type(twin)(type(model)(EVEN), lr=0.03)
+        train(model, optimizer, twin, range(3), range(4), rank)
+        save(path, model, optimizer, flatten_optimizer_state_dict=flatten)
+        before = whole_state(model, optimizer)
+        twin.step(twin.grads(3, [0, 1]))
+        square = mesh_of(2, 2, names=["dp", "tp"])
+        for cut, data_rank in [
+            (fsdp(mesh_of(2, 2, names=["replicate", "shard"])), rank % 2),
+            (tensor_parallel(square, up=0, down=1, odd=0), square.get_local_rank("dp")),
+        ]:
+            model, optimizer, _ = build(cut, EVEN, lr=9.0)
+            load(path, model, optimizer, flatten_optimizer_state_dict=flatten)
+            assert {group["lr"] for group in optimizer.param_groups} == {0.03}
+            for key, value in whole_state(model, optimizer).items():
+                assert torch.equal(value, before[key]), key
+            model.loss(3, data_rank).backward()
+            optimizer.step()
+            compare(model, twin, f"resumed, flatten {flatten}")
+
+
+def ranks_save(rank: int, world: int, path: str) -> None:
+    model, optimizer, _ = build(fsdp(mesh_of(world, names=["dp"])), dtype=torch.bfloat16)
+    for step in range(3):
+        model.loss(step, rank % 2).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save(path, model, optimizer)
+    state = whole_state(model, optimizer)
+    if rank == 0:
+        torch.save(state, f"{path}.whole")
+
+
+def ranks_load(rank: int, world: int, path: str) -> None:
+    model, optimizer, _ = build(fsdp(mesh_of(world, names=["dp"])), dtype=torch.bfloat16)
+    load(path, model, optimizer)
+    saved = torch.load(f"{path}.whole")
+    for key, value in whole_state(model, optimizer).items():
+        assert torch.equal(value, saved[key]), key
+    masters = {p: optimizer.state[p]["master"].full_tensor() for p in model.parameters()}
+    model.loss(9, 0).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.grad.zero_()
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()  # with rate 0 the masters keep their full precision
+    for p, master in masters.items():
+        assert torch.equal(optimizer.state[p]["master"].full_tensor(), master)
+
+
+def test_bf16_state_saved_at_2_ranks_loads_at_3(tmp_path: Path) -> None:
+    run_ranks(ranks_save, 2, str(tmp_path / "c"), timeout=120)
+    run_ranks(ranks_load, 3, str(tmp_path / "c"), timeout=120)
+
+
+@on_ranks(2)
+def test_own_state_dict_and_refusals(rank: int, world: int) -> None:
+    mesh = mesh_of(world, names=["dp"])
+    model, optimizer, twin = build(fsdp(mesh))
+    train(model, optimizer, twin, range(2), range(world), rank)
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    saved = optimizer.state_dict()
+    saved["state"] = {k: {n: v.clone() for n, v in s.items()} for k, s in saved["state"].items()}
+    train(model, optimizer, twin, [2], range(world), rank)
+    after = whole_state(model, optimizer)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(saved)
+    model.loss(2, rank).backward()
+    optimizer.step()
+    for key, value in whole_state(model, optimizer).items():
+        assert torch.equal(value, after[key]), key
+    lost = {**saved, "state": {k: v for k, v in saved["state"].items() if k}}
+    with pytest.raises(ValueError, match=r"saved state of parameter .* has \[\]"):
+        optimizer.load_state_dict(lost)
+    plain = {k: {n: v.full_tensor() if n != "step" else v for n, v in s.items()} for k, s in saved["state"].items()}
+    with pytest.raises(ValueError, match="is not placed like it: load with"):
+        optimizer.load_state_dict({**saved, "state": plain})
+    with pytest.raises(ValueError, match="other parameter groups"):
+        optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})

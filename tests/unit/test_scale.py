@@ -1,0 +1,59 @@
+"""perf.scale: what it leaves out it says, and flags that cannot be right end it before anything is predicted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from perf import scale
+from perf.cluster import MACHINES
+from perf.workload import Training
+
+LLAMA = Training("llama-3-8b", 0, tp=2, pp=2)
+
+
+def test_ranks_that_the_sizes_do_not_divide_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    result = scale.predict_all(LLAMA, MACHINES["h100-ib400"], [6, 16, 32])
+    assert [row["ranks"] for row in result["curves"]] == [16] * 4 + [32] * 4
+    assert result["sensitivities"][0]["share"].keys() == {16, 32}
+    by_setup = {row["setup"]: row["share_of_forward_backward"] for row in result["curves"] if row["ranks"] == 16}
+    first = result["sensitivities"][0]
+    assert first["change"] == "as predicted" and first["share"][16] == by_setup["Muon, home"]
+    printed = capsys.readouterr().out
+    assert "left out, for tp 2 x pp 2 with ep 1 does not divide them: 6" in printed
+    assert "no expert parallelism" not in printed
+
+
+def test_no_number_of_ranks_that_fits_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"tp 2 x pp 2 with ep 1 divides none of --ranks 6, 10"):
+        scale.predict_all(LLAMA, MACHINES["h100-ib400"], [6, 10])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--mfu", "0"], "argument --mfu: 0 is not above 0 and at most 1"),
+        (["--tp", "0"], "argument --tp: 0 is not 1 or more"),
+        (["--links", "none.json"], "argument --links: none.json cannot be read: No such file"),
+        (["--tp", "3", "--ranks", "64"], "error: tp 3 x pp 1 with ep 8 divides none of --ranks 64"),
+        (["--check", "none.json"], "error: --check predicts from the rates of --links FILE"),
+    ],
+)
+def test_impossible_flags(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["perf.scale", *words])
+    with pytest.raises(SystemExit) as ended:
+        scale.main()
+    assert message in capsys.readouterr().err + str(ended.value)
+
+
+def test_a_result_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "made" / "here" / "scale.json"
+    words = ["--model", "llama-3-8b", "--ranks", "8", "--json", str(target)]
+    monkeypatch.setattr(sys, "argv", ["perf.scale", *words])
+    scale.main()
+    assert json.loads(target.read_text())["curves"][0]["ranks"] == 8
