@@ -43,6 +43,7 @@ _SAME = {
     "eps": "adamw_eps",
     "ns_method": "ns_form",
 }
+_NO_ZERO = ("zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 _WITHOUT_MEANING = {"torch_adam": True, "adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 
 
@@ -131,15 +132,19 @@ def check_config(config: Mapping[str, Any]) -> None:
         raise ValueError(
             "zero_optimization.offload_param is not supported: offload the optimizer, or remove the option"
         )
-    for option, found in (
-        ("zero_optimization.zenflow", zero.get("zenflow")),
-        ("zero_optimization.mics_shard_size", zero.get("mics_shard_size", -1) > 0),
-        ("zero_optimization.offload_optimizer.ratio", offload.get("ratio", 1.0) < 1),
-        ("tensor_parallel.autotp_size", (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1),
-        ("sequence_parallel_size", config.get("sequence_parallel_size", 1) > 1),
-        *((f"{key}.{key}_master_weights_and_grads", (config.get(key) or {}).get(f"{key}_master_weights_and_grads"))
-          for key in ("bf16", "fp16")),
-    ):  # fmt: skip
+    unsupported = {
+        **{f"zero_optimization.{option}": zero.get(option) for option in _NO_ZERO},
+        "zero_optimization.mics_shard_size": zero.get("mics_shard_size", -1) > 0,
+        "zero_optimization.zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+        "zero_optimization.offload_optimizer.ratio": offload.get("ratio", 1.0) < 1,
+        "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload"),
+        "tensor_parallel.autotp_size": (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1,
+        "sequence_parallel_size": config.get("sequence_parallel_size", 1) > 1,
+    }
+    for key in ("bf16", "fp16"):
+        option = f"{key}_master_weights_and_grads"
+        unsupported[f"{key}.{option}"] = (config.get(key) or {}).get(option)
+    for option, found in unsupported.items():
         if found:
             raise ValueError(f"{option} is not supported: remove the option")
     if zero.get("round_robin_gradients") and (config.get("checkpoint") or {}).get("load_universal"):
