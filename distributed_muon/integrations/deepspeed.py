@@ -57,9 +57,9 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         params: groups of `muon_param_groups(model)`, made before `deepspeed.initialize`, also under `zero.Init`.
         lr: learning rate, of Muon and AdamW groups.
         missing_gradients: what becomes of a parameter that no rank's backward reached since the last step, since it
-            was not used or is frozen, and for which DeepSpeed hands in zeros. "skip": nothing, as torch does where
+            was not used or is frozen, and for which DeepSpeed hands in zeros, or its last gradient in stage 3. "skip": nothing, as torch does where
             p.grad is None; "zero": a step from these zeros, as DeepSpeed's own optimizers take it, in which a matrix
-            goes on moving at full size.
+            goes on moving at full size; not in stage 3.
         options: every other option of `engine.options.Options`.
 
     Raises:
@@ -159,6 +159,11 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                 )
             refuse_fp16_autocast()
             found = read_partitions(self._groups, self._members)
+            if self._reached is None and not all(partition.whole for partition in found):
+                raise ValueError(
+                    'missing_gradients="zero" under ZeRO stage 3: DeepSpeed hands in the last gradient again, not zeros; '
+                    'leave it at "skip"'
+                )
             self._partitions = {partition.flat: partition for partition in found}
             for partition in found:
                 self._moments(partition)
