@@ -57,9 +57,9 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         params: groups of `muon_param_groups(model)`, made before `deepspeed.initialize`, also under `zero.Init`.
         lr: learning rate, of Muon and AdamW groups.
         missing_gradients: what becomes of a parameter that no rank's backward reached since the last step, since it
-            was not used or is frozen, and for which DeepSpeed hands in zeros, or its last gradient in stage 3. "skip": nothing, as torch does where
-            p.grad is None; "zero": a step from these zeros, as DeepSpeed's own optimizers take it, in which a matrix
-            goes on moving at full size; not in stage 3.
+            was not used or is frozen, and for which DeepSpeed hands in zeros (its last gradient in stage 3). "skip":
+            nothing, as torch does where p.grad is None; "zero", in stages 1 and 2: a step from these zeros, as
+            DeepSpeed's own optimizers take it, in which a matrix goes on moving at full size.
         options: every other option of `engine.options.Options`.
 
     Raises:
@@ -161,8 +161,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             found = read_partitions(self._groups, self._members)
             if self._reached is None and not all(partition.whole for partition in found):
                 raise ValueError(
-                    'missing_gradients="zero" under ZeRO stage 3: DeepSpeed hands in the last gradient again, not zeros; '
-                    'leave it at "skip"'
+                    'missing_gradients="zero" under ZeRO stage 3: DeepSpeed hands in the last gradient again, '
+                    'not zeros; leave it at "skip"'
                 )
             self._partitions = {partition.flat: partition for partition in found}
             for partition in found:
