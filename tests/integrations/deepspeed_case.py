@@ -113,6 +113,8 @@ class Run:
         zero_init: build the model under zero.Init. options: of the optimizer.
     """
 
+    sharded = False  # stage 3
+
     def __init__(
         self,
         config: dict[str, Any],
