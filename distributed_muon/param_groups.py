@@ -12,6 +12,7 @@ always shows what the optimizer does.
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections import Counter
@@ -166,7 +167,7 @@ def audit(
             rows to read, not errors.
     """
     return [
-        audit_row(name, tuple(param.shape), *decision, adjust_lr_fn=adjust_lr_fn)
+        audit_row(name, whole_shape(param), *decision, adjust_lr_fn=adjust_lr_fn)
         for name, param, decision in _decide(model, overrides or {})
     ]
 
@@ -246,7 +247,7 @@ def _decide(model: nn.Module, overrides: Mapping[str, Override]) -> Iterator[tup
         if not param.requires_grad:
             decision = Decision("frozen", None, "requires_grad is False")
         # Raises where the rule does not fit the shape.
-        TensorSpec(names[0], tuple(param.shape), decision.rule).matrices()
+        TensorSpec(names[0], whole_shape(param), decision.rule).matrices()
         yield names[0], param, decision
 
 
@@ -310,11 +311,12 @@ def _by_name(name: str, module: nn.Module, param: Tensor) -> Decision:
         return _undecided("looks like fused query, key and value: say how with overrides={name: QKV(...)}")
     if any(_FUSED_GATE_UP.search(part) for part in own):
         return _fused_gate_up(module, param)
-    if param.ndim == 2:
+    shape = whole_shape(param)
+    if len(shape) == 2:
         return Decision("muon", Whole(), f"matrix ({kind})")
-    if param.ndim == 3 and ("expert" in kind.lower() or any("expert" in part for part in own)):
+    if len(shape) == 3 and ("expert" in kind.lower() or any("expert" in part for part in own)):
         return Decision("muon", Experts(), f"expert stack ({kind})")
-    return _undecided(f"{tuple(param.shape)} is no known stack: say what it is with overrides={{name: ...}}")
+    return _undecided(f"{shape} is no known stack: say what it is with overrides={{name: ...}}")
 
 
 def _fused_gate_up(module: nn.Module, param: Tensor) -> Decision:
@@ -322,12 +324,13 @@ def _fused_gate_up(module: nn.Module, param: Tensor) -> Decision:
 
     A stack stored (experts, in, 2 x ffn) is left undecided: some models interleave its columns.
     """
-    rows = param.shape[-2]
+    shape = whole_shape(param)
+    rows = shape[-2]
     halves = Split((rows // 2, rows // 2), names=("gate", "up"))
-    if param.ndim == 2 and isinstance(module, nn.Linear) and rows % 2 == 0:
+    if len(shape) == 2 and isinstance(module, nn.Linear) and rows % 2 == 0:
         return Decision("muon", halves, "gate and up apart")
     down = getattr(module, "down_proj", None)
-    if param.ndim == 3 and isinstance(down, Tensor) and tuple(down.shape[1:]) == (param.shape[2], rows // 2):
+    if len(shape) == 3 and isinstance(down, Tensor) and whole_shape(down)[1:] == (shape[2], rows // 2):
         return Decision("muon", Experts(halves), "expert stack, gate and up apart")
     return _undecided("looks like fused gate and up: say how with overrides={name: Split(...)}")
 
@@ -346,8 +349,10 @@ def _asked(name: str, param: Tensor, value: Override, before: Decision | None, r
         raise ValueError(f"{reason} of {name!r} is {value!r}: use 'muon', 'adamw' or a rule such as QKV(...)")
     if before is not None and before.rule is not None:
         return before._replace(reason=reason)
-    if param.ndim != 2:
-        raise ValueError(f"{reason}: {name!r} is {param.ndim}-D: name its rule, such as Experts(), not 'muon'")
+    if len(whole_shape(param)) != 2:
+        raise ValueError(
+            f"{reason}: {name!r} is {len(whole_shape(param))}-D: name its rule, such as Experts(), not 'muon'"
+        )
     return Decision("muon", Whole(), reason)
 
 
@@ -378,7 +383,13 @@ def _in_numbered_layer(path: list[str]) -> bool:
 
 def _is_vector(param: Tensor) -> bool:
     """A parameter with at most one extent above 1, for which Newton-Schulz would only normalize."""
-    return param.ndim < 2 or param.numel() == max(param.shape)
+    shape = whole_shape(param)
+    return len(shape) < 2 or math.prod(shape) == max(shape)
+
+
+def whole_shape(param: Tensor) -> tuple[int, ...]:
+    """Shape of the whole parameter; DeepSpeed's zero.Init leaves an empty placeholder that knows it."""
+    return tuple(getattr(param, "ds_shape", param.shape))
 
 
 def _refuse_wrappers(model: nn.Module) -> None:
@@ -390,8 +401,8 @@ def _refuse_wrappers(model: nn.Module) -> None:
 
 
 def _refuse_sharded(name: str, param: Tensor) -> None:
-    # torch marks FSDP1's flat parameters, DeepSpeed the parameters that ZeRO-3 partitions.
-    if hasattr(param, "_is_flat_param") or hasattr(param, "ds_id") or param.numel() == 0:
+    # torch marks FSDP1's flat parameters.
+    if hasattr(param, "_is_flat_param") or 0 in whole_shape(param):
         raise ValueError(
             f"parameter {name!r} is a flattened or empty placeholder of FSDP1 or ZeRO-3: pass the unwrapped "
             "model (ZeRO-1 or DDP); DistributedMuon wants whole tensors on every rank"

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu torchrun --standalone --nproc_per_node 2 -m perf.deepspeed_step [--json FILE]
 
-Engines of the same model, gradients and config (fp32, ZeRO stage 1, gradient_clipping 1.0) take turns, ours against
+Engines of the same model, gradients and config (fp32, ZeRO stage 1 or --stage, gradient_clipping 1.0, with --offload
+masters and state on the host) take turns, ours against
 one peer at a time, so that a drifting machine hits both alike. The clock runs from backward() to the end of step():
 DeepSpeed's own Muon orthogonalizes inside backward(). The backward of the model itself is one multiplication by a
 constant. At the end, what DeepSpeed sends in one step is read from its communication logger, on a smaller model. The
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -62,7 +64,7 @@ class Matrices(nn.Module):
         self.weights = nn.ParameterList(torch.randn(shape, generator=generator) * 0.02 for shape in shapes)
 
     def forward(self, grads: Sequence[Tensor]) -> Tensor:
-        return sum((p * g).sum() for p, g in zip(self.weights, grads, strict=True))
+        return sum((p * g).sum() for p, g in zip(self.parameters(), grads, strict=True))
 
 
 class Contender:
@@ -89,6 +91,9 @@ class Contender:
             model_parameters=list(model.parameters()),
             config={"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, **config},
         )
+        if config["zero_optimization"]["stage"] == 3:  # the root's forward uses parameters of its children
+            for param in model.parameters():
+                deepspeed.zero.register_external_parameter(model, param)
 
     def step(self, grads: Sequence[Tensor], timed: bool) -> None:
         """Forward, then backward and step on the clock; collective."""
@@ -102,7 +107,7 @@ class Contender:
             self.seconds.append(time.perf_counter() - begin)
         if self.ours is not None:
             report = self.ours.step_report()
-            self.exchange = report["bytes"]
+            self.exchange, self.newton_schulz_runs = report["bytes"], report["ns_calls"]
             if timed:
                 self.phases.append(report["seconds"])
 
@@ -110,24 +115,26 @@ class Contender:
         """Storage of this rank's optimizer state, with the copy that DeepSpeed's Muon keeps beside it."""
         wrapper = self.engine.optimizer
         held = [value for state in wrapper.optimizer.state.values() for value in state.values()]
-        held += [staged for staged, _ in wrapper._muon_pending_momentum.values()]
+        held += [staged for staged, _ in getattr(wrapper, "_muon_pending_momentum", {}).values()]
         tensors = [value for value in held if isinstance(value, Tensor) and value.ndim]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
-    def orthogonalized(self) -> int:
-        """Newton-Schulz runs of one step on this rank."""
+    def step_counting(self, grads: Sequence[Tensor]) -> int:
+        """One more step, not timed; the Newton-Schulz runs that this rank did in it."""
+        from deepspeed.runtime.zero.muon import original_muon
+
         if self.ours is not None:
-            rank = dist.get_rank()
-            return sum(rank in homes for plan in self.ours.plans.values() for homes in plan.homes)
-        touched = self.engine.optimizer.params_in_partition
-        return sum(map(len, touched)) if "Muon" in self.name else 0
+            self.step(grads, timed=False)
+            return self.newton_schulz_runs
+        with mock.patch.object(original_muon, "muon_update", wraps=original_muon.muon_update) as update:
+            self.step(grads, timed=False)
+        return update.call_count
 
 
-def compare(peer: str, layers: int, rounds: int) -> list[dict[str, Any]]:
+def compare(peer: str, layers: int, rounds: int, config: dict[str, Any]) -> list[dict[str, Any]]:
     """Ours and one peer in turns; a row each."""
     shapes = LAYER * layers
-    config = {"zero_optimization": {"stage": 1}}
     contenders = [Contender(name, shapes, config) for name in ("ours", peer)]
     generator = torch.Generator().manual_seed(1 + dist.get_rank())
     grads = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -136,7 +143,7 @@ def compare(peer: str, layers: int, rounds: int) -> list[dict[str, Any]]:
             contender.step(grads, timed=turn > 0)
     rows = []
     for contender in contenders:
-        runs = torch.tensor(contender.orthogonalized())
+        runs = torch.tensor(contender.step_counting(grads))
         dist.all_reduce(runs)
         row = {
             "name": contender.name,
@@ -182,6 +189,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=at_least_one, default=8, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
     parser.add_argument("--rounds", type=at_least_one, default=3, help="timed steps of each engine")
+    parser.add_argument("--stage", type=int, default=1, choices=(1, 2, 3), help="of ZeRO")
+    parser.add_argument("--offload", action="store_true", help="offload_optimizer: masters and state on the host")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="who to compare with")
     parser.add_argument("--json", type=output_file, help="write the result here (rank 0), and a .txt of the same name")
     args = parser.parse_args()
     import deepspeed
@@ -191,8 +201,12 @@ def main() -> None:
     busy = os.getloadavg()[0]
     rate = matmul_flops(torch.device("cpu"), 15)
     floor = newton_schulz_floor(args.layers, dist.get_world_size(), rate)
-    pairs = {peer: compare(peer, args.layers, args.rounds) for peer in PEERS}
-    wires = {name: wire(config) for name, config in WIRE_CONFIGS.items()}
+    config: dict[str, Any] = {"zero_optimization": {"stage": args.stage}}
+    if args.offload:
+        config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False
+    pairs = {peer: compare(peer, args.layers, args.rounds, config) for peer in args.peers}
+    wires = {name: wire(config) for name, config in WIRE_CONFIGS.items()} if args.stage == 1 else {}
     if dist.get_rank() == 0:
         flags = " ".join(sys.argv[1:])
         machine = describe_machine(f"torchrun --nproc_per_node {dist.get_world_size()} -m perf.deepspeed_step {flags}")
@@ -200,7 +214,8 @@ def main() -> None:
         lines = [
             f"{machine['cpu']}, {machine['cores']} cores, {dist.get_world_size()} ranks, {machine['versions']}",
             f"{machine['command']}; load average before and after: {machine['load_average']}",
-            f"{args.layers} x (4 x 1024x1024, 4096x1024, 1024x4096), fp32, stage 1, medians of {args.rounds}",
+            f"{args.layers} x (4 x 1024x1024, 4096x1024, 1024x4096), fp32, stage {args.stage}"
+            f"{', offloaded' * args.offload}, medians of {args.rounds}",
         ]
         for peer, (ours, other) in pairs.items():
             lines.append(f"{peer}: {other['seconds'] / ours['seconds']:.2f} x the time of ours")
@@ -211,8 +226,11 @@ def main() -> None:
                     f"  {row['name']:25s} {seconds:7.3f} s, fastest {fastest:7.3f} s; state {state:6.1f} MiB per rank; "
                     f"{row['newton_schulz_runs']} Newton-Schulz runs for {row['matrices']} matrices"
                 )
+            sent = ours["exchange_bytes"].get("all_to_all", 0) / 2**20
+            lines.append(f"  our exchange: {sent:.1f} MiB sent by rank 0 in a step")
         lines.append(f"floor of Newton-Schulz: {floor:.3f} s at the {rate / 1e9:.0f} GFLOP/s of a large matmul")
-        lines.append("messages of one step, bytes per parameter (an all-reduce sends each message twice):")
+        if wires:
+            lines.append("messages of one step, bytes per parameter (an all-reduce sends each message twice):")
         lines += [f"  {name:44s} {found}" for name, found in wires.items()]
         print("\n".join(lines))
         if args.json:

@@ -161,24 +161,31 @@ def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return out
 
 
-def tensor_spec(name: str, param: nn.Parameter, group: Mapping[str, Any]) -> TensorSpec:
-    """The planner's view of one whole parameter, by its global shape; a ValueError names it where it is unsupported."""
+def tensor_spec(
+    name: str, param: nn.Parameter, group: Mapping[str, Any], shape: Sequence[int] | None = None
+) -> TensorSpec:
+    """The planner's view of one whole parameter, by its global shape; a ValueError names it where it is unsupported.
+
+    Args:
+        shape: of the whole parameter, where `param` is a placeholder; None: its own.
+    """
+    shape = tuple(param.shape if shape is None else shape)
     if param.is_meta:
         raise ValueError(f"parameter {name!r} is on the meta device: load or initialize the model first")
     if param.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"parameter {name!r} is {param.dtype}: float32, bfloat16 and float16 are supported")
-    if not param.numel():
+    if 0 in shape:
         raise ValueError(f"parameter {name!r} is empty: leave it out, or pass the model before a wrapper shards it")
     if not param.requires_grad:
         raise ValueError(f"parameter {name!r} is frozen: leave it out of the parameter groups")
     if group["algorithm"] == "adamw":
-        return TensorSpec(name, tuple(param.shape))
-    if param.ndim < 2:
+        return TensorSpec(name, shape)
+    if len(shape) < 2:
         raise ValueError(
-            f"parameter {name!r} of shape {tuple(param.shape)} is no matrix: give its group algorithm='adamw', use "
+            f"parameter {name!r} of shape {shape} is no matrix: give its group algorithm='adamw', use "
             "muon_param_groups(model), or construct the optimizer before a wrapper flattens the model"
         )
-    spec = TensorSpec(name, tuple(param.shape), group["matrices"] or Whole())
+    spec = TensorSpec(name, shape, group["matrices"] or Whole())
     spec.matrices()
     return spec
 

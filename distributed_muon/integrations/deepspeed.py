@@ -1,4 +1,4 @@
-"""Muon and AdamW as the inner optimizer of DeepSpeed's ZeRO stages 1 and 2.
+"""Muon and AdamW as the inner optimizer of DeepSpeed's ZeRO stages 1, 2 and 3.
 
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -8,22 +8,24 @@
 
 DeepSpeed keeps gradient reduction, accumulation, loss scale, clipping, fp32 masters, the parameter
 all-gather and the checkpoint files, and nothing of it is patched. `deepspeed.initialize` replaces the
-parameters of every group by one flat fp32 tensor, this rank's 1/W of the group; model parameters become
-views of the group's whole flat buffer. Names, shapes and matrix rules are therefore taken at construction,
-and the layout is read from where the parameters lie in that buffer.
+parameters of every group by one flat fp32 tensor, this rank's 1/W of the group, or in stage 3 by one per
+sub-group. Names, shapes and matrix rules are therefore taken at construction; where the parameters lie in
+these tensors is read afterwards (`deepspeed_partition`). With offload_optimizer, the flat tensors and all
+state are on the host, and what travels to a matrix's home passes through the accelerator wave by wave.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distributed_muon.engine.options import Options, parameter_names, tensor_spec
+from distributed_muon.engine.options import Options, check_choice, parameter_names, tensor_spec
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import Member, Part
 from distributed_muon.engine.step import ShardedStep
@@ -32,28 +34,32 @@ from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
     Partition,
     arrange_groups,
-    make_partition,
     read_moments,
+    read_partitions,
     refuse_fp16_autocast,
     refuse_parameters,
 )
 from distributed_muon.layout.plan import Plan
-from distributed_muon.param_groups import muon_param_groups
+from distributed_muon.param_groups import muon_param_groups, whole_shape
 
 __all__ = ["CONFIG_BLOCK", "PartitionedOptimizer", "check_config", "optimizer_from_config"]
 
 
 class PartitionedOptimizer(torch.optim.Optimizer):
-    """Muon with one home per matrix, and AdamW, on the flat partitions of DeepSpeed's ZeRO stages 1 and 2.
+    """Muon with one home per matrix, and AdamW, on the flat partitions of DeepSpeed's ZeRO stages.
 
     Pass it to `deepspeed.initialize(optimizer=...)` with "zero_allow_untested_optimizer": true. Each state is
-    one flat fp32 tensor per group: "exp_avg", the momentum (an exponential moving average), and "exp_avg_sq",
+    one flat fp32 tensor per partition: "exp_avg", the momentum (an exponential moving average), and "exp_avg_sq",
     for Muon groups a single zero seen through a stride of 0, since DeepSpeed's checkpoint converters want
     Adam's keys in every group. `step` is collective over the data-parallel group, as is `step_report`.
 
     Args:
-        params: groups of `muon_param_groups(model)`, made before `deepspeed.initialize`.
+        params: groups of `muon_param_groups(model)`, made before `deepspeed.initialize`, also under `zero.Init`.
         lr: learning rate, of Muon and AdamW groups.
+        missing_gradients: what becomes of a parameter that no rank's backward reached since the last step, since it
+            was not used or is frozen, and for which DeepSpeed hands in zeros (its last gradient in stage 3). "skip":
+            nothing, as torch does where p.grad is None; "zero", in stages 1 and 2: a step from these zeros, as
+            DeepSpeed's own optimizers take it, in which a matrix goes on moving at full size.
         options: every other option of `engine.options.Options`.
 
     Raises:
@@ -63,21 +69,32 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     # The name must not contain "muon": DeepSpeed orthogonalizes the gradients of an optimizer called so.
 
-    def __init__(self, params: Iterable[Any], lr: float = Options.lr, **options: Any) -> None:
+    def __init__(
+        self, params: Iterable[Any], lr: float = Options.lr, *, missing_gradients: str = "skip", **options: Any
+    ) -> None:
         self._options = Options.of({"lr": lr, **options})
+        check_choice("missing_gradients", missing_gradients, ("skip", "zero"))
         self._sealed = False
         groups = self._options.complete(arrange_groups(params))
-        super().__init__([{**group, "step": 0, INDEX: index} for index, group in enumerate(groups)], {})
+        # "missed": AdamW parameters whose counter is behind the group's, and by how many steps.
+        own = [{**group, "step": 0, "missed": {}, INDEX: index} for index, group in enumerate(groups)]
+        super().__init__(own, {})
+        self.defaults["betas"] = self._options.betas  # without it DeepSpeed's OneCycle leaves momentum alone
         self._groups = list(self.param_groups)  # DeepSpeed's step() shows one at a time in param_groups
         self._members = [
             [
-                Member(tensor_spec(name, param, group), param, group[INDEX])
+                Member(tensor_spec(name, param, group, whole_shape(param)), param, group[INDEX])
                 for name, param in zip(names, group["params"], strict=True)
             ]
             for names, group in zip(parameter_names(self._groups), self._groups, strict=True)
         ]
         refuse_parameters(self._members)
+        self._given = [{key: value for key, value in group.items() if key != "params"} for group in self._groups]
         self._partitions: dict[Tensor, Partition] = {}
+        # Parameters that a backward reached since their last step; None if that does not matter.
+        self._reached: set[Tensor] | None = set() if missing_gradients == "skip" else None
+        for member in chain.from_iterable(self._members) if self._reached is not None else ():
+            member.param.register_post_accumulate_grad_hook(self._reached.add)
         self._adopted = False
         self._sealed = True
 
@@ -90,7 +107,7 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         DeepSpeed calls it, for one group at a time or for all; collective over the data-parallel group.
 
         Raises:
-            ValueError: the groups are not partitioned as ZeRO-1 and 2 do, or in a way that is not supported.
+            ValueError: the groups are not partitioned, or in a way that is not supported.
             RuntimeError: ranks disagree about names, shapes, places or options.
         """
         if closure is not None:
@@ -98,17 +115,38 @@ class PartitionedOptimizer(torch.optim.Optimizer):
         # DeepSpeed shows one group at a time and would leave it at that after an error: a checkpoint saved then
         # would hold that group only.
         shown, self.param_groups = self.param_groups, self._groups
+        self._restore_groups()
         partitions = self._attach()
         for partition in partitions.values():
             if partition.engine is None:
                 self._start(partition)
         if self._adopted:
             self._check_masters()
-        for group in shown:
-            for flat in group["params"]:
-                self._point(partitions[flat]).step()
-                group["step"] += 1
-                partitions[flat].steps = group["step"]
+        for flat in [flat for group in shown for flat in group["params"]]:
+            self._step(partitions[flat])
+
+    def _step(self, partition: Partition) -> None:
+        group, part = self._groups[partition.group], partition.part
+        self._point(partition)
+        engine = partition.engine
+        active = self._active(partition)
+        engine.step(active)
+        part.grad = None  # DeepSpeed frees it: so must every view
+        engine.release_gradients()
+        if group["algorithm"] == "adamw":
+            for name in (p.name for p, stepped in zip(engine.parameters, active, strict=True) if not stepped):
+                group["missed"][name] = group["missed"].get(name, 0) + 1
+        partition.steps = group["step"] + 1
+        group["step"] += partition.last
+
+    def _active(self, partition: Partition) -> list[bool]:
+        """Per parameter, whether any rank's backward reached it; collective over the partition's ranks."""
+        params = [member.param for member in partition.members]
+        if self._reached is None:
+            return [True] * len(params)
+        reached = torch.tensor([float(param in self._reached) for param in params]).to(partition.engine.device)
+        self._reached.difference_update(params)
+        return [count > 0 for count in partition.collectives.all_reduce(reached).tolist()]
 
     def _attach(self) -> dict[Tensor, Partition]:
         """Read the partitions from the groups and the places of the parameters, once; no collective."""
@@ -116,11 +154,16 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             refuse_parameters(self._members)
             if self._holds_model_parameters():
                 raise ValueError(
-                    "parameters are not partitioned, as in ZeRO stage 0: set zero_optimization.stage to 1 or 2 in the "
+                    "parameters are not partitioned, as in ZeRO stage 0: set zero_optimization.stage to 1 in the "
                     "DeepSpeed config, which gives the same training with less memory"
                 )
             refuse_fp16_autocast()
-            found = [make_partition(*pair) for pair in zip(self._groups, self._members, strict=True)]
+            found = read_partitions(self._groups, self._members)
+            if self._reached is None and not all(partition.whole for partition in found):
+                raise ValueError(
+                    'missing_gradients="zero" under ZeRO stage 3: DeepSpeed hands in the last gradient again, '
+                    'not zeros; leave it at "skip"'
+                )
             self._partitions = {partition.flat: partition for partition in found}
             for partition in found:
                 self._moments(partition)
@@ -128,26 +171,31 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     def _start(self, partition: Partition) -> None:
         """Agree on the view of a partition and plan it; collective over its ranks."""
-        device = partition.flat.device
+        from deepspeed.accelerator import get_accelerator
+
+        device = torch.device(get_accelerator().current_device_name())
         partition.engine = ShardedStep(
             partition.members, self._groups, self._options, partition.collectives, device, also=[partition.place]
         )
         partition.part = Part(partition.own, partition.offsets, partition.flat.detach(), moments=self._bind(partition))
         partition.engine.attach(partition.shards, [partition.part] if partition.own else [])
 
-    def _point(self, partition: Partition) -> ShardedStep:
+    def _point(self, partition: Partition) -> None:
         """The engine on the memory that DeepSpeed uses now, which loading a checkpoint may have replaced."""
         engine, part = partition.engine, partition.part
         master, moments = partition.flat.detach(), self._bind(partition)
-        steps = self._groups[partition.group]["step"]
+        group = self._groups[partition.group]
+        steps, missed = group["step"], group["missed"]
+        if group["algorithm"] == "muon" and "betas" in group:  # OneCycle's way to set momentum
+            group["momentum"] = group["betas"][0]
         part.grad = partition.flat.grad
         places = [t.data_ptr() for t in (master, *moments.values())]
         if places != [t.data_ptr() for t in (part.master, *part.moments.values())] or steps != partition.steps:
             part.master, part.moments = master, moments
-            for counter in (p.state["step"] for p in engine.parameters if "step" in p.state):
-                counter.fill_(steps)
+            for p in engine.parameters:
+                if "step" in p.state:
+                    p.state["step"].fill_(steps - missed.get(p.name, 0))
             engine.rebind()
-        return engine
 
     def _bind(self, partition: Partition) -> dict[str, Tensor]:
         """The engine's names for a partition's moments."""
@@ -171,8 +219,9 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     @property
     def plans(self) -> dict[int, Plan]:
-        """The plan of every Muon group, by number of the group; empty before the first step."""
-        return {p.group: p.engine.plan for p in self._partitions.values() if p.engine and p.engine.plan.homes}
+        """The plan of every Muon group, or of its sub-groups, by number; empty before the first step."""
+        engines = [partition.engine for partition in self._partitions.values()]
+        return {number: engine.plan for number, engine in enumerate(engines) if engine and engine.plan.homes}
 
     def step_report(self) -> dict[str, Any]:
         """What happened since the last report, as `DistributedMuon.step_report` has it; collective over the ranks.
@@ -206,9 +255,13 @@ class PartitionedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's state as DeepSpeed saves it; no collective, no step."""
-        if not self._holds_model_parameters():
-            self._attach()
-        return super().state_dict()
+        if self._holds_model_parameters():
+            return super().state_dict()
+        self._attach()
+        self._restore_groups()
+        out, step = super().state_dict(), self._groups[0]["step"]
+        # The loader of stage 3's universal checkpoints looks for it here.
+        return {**out, "state": {key: {**state, "step": step} for key, state in out["state"].items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -221,13 +274,19 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             ValueError: the state belongs to other groups, or to another optimizer; nothing was changed.
         """
         partitions, loaded = self._attach(), []
-        if len(state_dict["param_groups"]) != len(self._groups):
+        saved_groups = state_dict["param_groups"]
+        if len(saved_groups) != len(self._groups):
             raise ValueError(
-                f"the checkpoint has {len(state_dict['param_groups'])} parameter groups, this optimizer "
-                f"{len(self._groups)}: build the groups of the earlier run"
+                f"the checkpoint has {len(saved_groups)} parameter groups, this optimizer {len(self._groups)}: build "
+                "the groups of the earlier run"
             )
-        pairs = list(zip(self._groups, state_dict["param_groups"], strict=True))
+        pairs = list(zip(self._groups, saved_groups, strict=True))
         for group, saved in pairs:
+            if len(group["params"]) != len(saved["params"]):
+                raise ValueError(
+                    f"parameter group {group[INDEX]} was cut into {len(saved['params'])} sub-groups when it was saved, "
+                    f"now into {len(group['params'])}: keep zero_optimization.sub_group_size"
+                )
             for flat, key in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(key, {})
                 loaded.append((partitions[flat], read_moments(group, saved, state, partitions[flat])))
@@ -241,6 +300,18 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                 state = state_dict["state"].get(saved["params"][0], {})
                 group["step"] = int(state.get("step", saved.get("step", 0)))
                 self._adopted = True
+
+    def _restore_groups(self) -> None:
+        """Undo what DeepSpeed's loader of stage 3's universal checkpoints does: group 0's options in every group.
+
+        The step is the loaded one, and so is the learning rate, in the proportion of the groups.
+        """
+        for group, given in zip(self._groups, self._given, strict=True):
+            if group[INDEX] != given[INDEX]:
+                ratio = given["lr"] / self._given[0]["lr"] if self._given[0]["lr"] else 1.0
+                loaded = {"params": group["params"], "step": group["step"], "lr": group["lr"] * ratio}
+                group.clear()
+                group.update({**given, **loaded, "missed": {}})
 
     def _holds_model_parameters(self) -> bool:
         """Whether no ZeRO stage has replaced the parameters of the groups (yet)."""

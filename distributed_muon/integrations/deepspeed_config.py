@@ -43,6 +43,7 @@ _SAME = {
     "eps": "adamw_eps",
     "ns_method": "ns_form",
 }
+_NO_ZERO = ("zenflow", "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 _WITHOUT_MEANING = {"torch_adam": True, "adam_w_mode": True, "bias_correction": True, "amsgrad": False}
 
 
@@ -58,7 +59,7 @@ def read_block(config: Mapping[str, Any], arguments: Any = None) -> tuple[dict[s
     """
     if CONFIG_BLOCK not in config:
         raise ValueError(f'{CONFIG_BLOCK}: the DeepSpeed config has no such block; add "{CONFIG_BLOCK}": {{"lr": ...}}')
-    known = {field.name for field in dataclasses.fields(Options)} | {"groups", _GUARD}
+    known = {field.name for field in dataclasses.fields(Options)} | {"groups", "missing_gradients", _GUARD}
     options = _read(CONFIG_BLOCK, config[CONFIG_BLOCK], known, arguments)
     options.pop(_GUARD, None)
     known = {name for name in inspect.signature(muon_param_groups).parameters if name != "model"}
@@ -119,22 +120,31 @@ def check_config(config: Mapping[str, Any]) -> None:
     if not isinstance(zero, Mapping):
         raise ValueError(f'zero_optimization={zero!r} is DeepSpeed\'s old form: write {{"stage": 1}}')
     stage = zero.get("stage", 0)
-    if stage not in (1, 2):
-        reason = {
-            0: "without partitions there is nothing to save: stage 1 gives the same training with less memory",
-            3: "it cuts every parameter over the ranks, which is not supported",
-        }.get(stage, "it is unknown")
-        raise ValueError(f"zero_optimization.stage={stage}: {reason}; set it to 1 or 2")
-    for option in ("offload_optimizer", "offload_param"):
-        if (zero.get(option) or {}).get("device", "none") != "none":
-            raise ValueError(f"zero_optimization.{option}: states stay on the device of the model; remove the option")
-    for option, found in (
-        ("zero_optimization.zenflow", zero.get("zenflow")),
-        ("tensor_parallel.autotp_size", (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1),
-        ("sequence_parallel_size", config.get("sequence_parallel_size", 1) > 1),
-        *((f"{key}.{key}_master_weights_and_grads", (config.get(key) or {}).get(f"{key}_master_weights_and_grads"))
-          for key in ("bf16", "fp16")),
-    ):  # fmt: skip
+    if stage not in (1, 2, 3):
+        reason = "stage 1 gives the same training with less memory" if stage == 0 else "it is unknown"
+        raise ValueError(f"zero_optimization.stage={stage}: {reason}; set it to 1, 2 or 3")
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device", "none") not in ("none", "cpu"):
+        raise ValueError(f'zero_optimization.offload_optimizer.device={offload["device"]}: only "cpu" is supported')
+    if offload.get("device") == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
+        raise ValueError("zero_force_ds_cpu_optimizer: DeepSpeed wants it false to offload an optimizer not its own")
+    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+        raise ValueError(
+            "zero_optimization.offload_param is not supported: offload the optimizer, or remove the option"
+        )
+    unsupported = {
+        **{f"zero_optimization.{option}": zero.get(option) for option in _NO_ZERO},
+        "zero_optimization.mics_shard_size": zero.get("mics_shard_size", -1) > 0,
+        "zero_optimization.zero_hpz_partition_size": zero.get("zero_hpz_partition_size", 1) > 1,
+        "zero_optimization.offload_optimizer.ratio": offload.get("ratio", 1.0) < 1,
+        "zero_optimization.offload_optimizer.super_offload": offload.get("super_offload"),
+        "tensor_parallel.autotp_size": (config.get("tensor_parallel") or {}).get("autotp_size", 0) > 1,
+        "sequence_parallel_size": config.get("sequence_parallel_size", 1) > 1,
+    }
+    for key in ("bf16", "fp16"):
+        option = f"{key}_master_weights_and_grads"
+        unsupported[f"{key}.{option}"] = (config.get(key) or {}).get(option)
+    for option, found in unsupported.items():
         if found:
             raise ValueError(f"{option} is not supported: remove the option")
     if zero.get("round_robin_gradients") and (config.get("checkpoint") or {}).get("load_universal"):

@@ -1,10 +1,10 @@
-"""How DeepSpeed's ZeRO stages 1 and 2 cut a parameter group: the layout, what is refused, saved moments."""
+"""How DeepSpeed's ZeRO stages cut parameter groups: the layout, what is refused, saved moments."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Partition:
         members: the tensors cut, in the order of construction.
         shards: per rank, what it holds of them. offsets: where this rank's lie in `flat`.
         place: what must be equal on all ranks for that. collectives: over these ranks.
+        last: whether it is the last of its group to be stepped. whole: whether its parameters stay whole between
+            steps, as in stages 1 and 2.
         engine, part: of the steps, from the first one on. steps: how many were taken.
     """
 
@@ -41,6 +43,8 @@ class Partition:
     offsets: list[int]
     place: str
     collectives: Collectives
+    last: bool = True
+    whole: bool = True
     engine: ShardedStep | None = None
     part: Part | None = None
     steps: int = 0
@@ -113,12 +117,6 @@ def refuse_parameters(members: Iterable[Iterable[Member]]) -> None:
                 f"parameter {name!r} is tagged use_muon, for DeepSpeed's own Muon: delete the tag, and the optimizer "
                 "block from the DeepSpeed config"
             )
-        if hasattr(param, "ds_id"):
-            raise ValueError(f"parameter {name!r} is partitioned: set zero_optimization.stage to 1 or 2, not 3")
-        if hasattr(param, "_zero_optimizer"):
-            raise ValueError(
-                f"parameter {name!r} has its master on the CPU: remove zero_optimization.offload_optimizer"
-            )
         if getattr(param, "tensor_model_parallel", False) or getattr(param, "model_parallel", False):
             raise ValueError(f"parameter {name!r} is cut by tensor parallelism: remove tensor_parallel from the config")
 
@@ -131,24 +129,49 @@ def refuse_fp16_autocast() -> None:
         raise ValueError('torch_autocast.dtype=float16 is not supported: use "bfloat16", or fp16.enabled')
 
 
-def make_partition(group: Mapping[str, Any], members: list[Member]) -> Partition:
-    """The layout of one group, from where its parameters lie in the flat buffer.
+def read_partitions(groups: Sequence[Mapping[str, Any]], members: Sequence[list[Member]]) -> list[Partition]:
+    """The layout of all groups, in the order in which DeepSpeed steps them; no collective.
+
+    Raises:
+        ValueError: DeepSpeed laid a parameter out in a way that is not supported.
+    """
+    wrapper = getattr(members[0][0].param, "_z3_optimizer", None)
+    if wrapper is None:
+        found = [_flat_buffer(*pair) for pair in zip(groups, members, strict=True)]
+    else:
+        by_param = {member.param: member for member in chain.from_iterable(members)}
+        count = len(wrapper.fp16_groups)
+        found = [_sub_group(wrapper, number, by_param) for number in range(count)]
+        for partition, following in pairwise(found):
+            partition.last = partition.group != following.group
+    for partition in found:
+        name, size = partition.members[0].spec.name, partition.collectives.size
+        if size != dist.get_world_size() and not groups[partition.group].get("moe"):
+            raise ValueError(
+                f"parameter {name!r} is partitioned over {size} of {dist.get_world_size()} ranks: tensor, pipeline and "
+                "sequence parallelism, and MiCS, are not supported under DeepSpeed"
+            )
+        if partition.flat.dtype != torch.float32:
+            raise ValueError(
+                f"masters of parameter {name!r} are {partition.flat.dtype}: remove bf16_master_weights_and_grads or "
+                "fp16_master_weights_and_grads from the DeepSpeed config"
+            )
+    return found
+
+
+def _flat_buffer(group: Mapping[str, Any], members: list[Member]) -> Partition:
+    """One group of stages 1 and 2, from where its parameters lie in their flat buffer.
 
     DeepSpeed's own map, `param._hp_mapping`, is not used: under `round_robin_gradients` it is wrong.
     """
     (flat,) = group["params"]
-    first = members[0]
-    collectives = Collectives(first.param._dp_group)
-    if collectives.size != dist.get_world_size() and not group.get("moe"):
-        raise ValueError(
-            f"parameter {first.spec.name!r} is partitioned over {collectives.size} of {dist.get_world_size()} ranks: "
-            "tensor and pipeline parallelism are not supported under DeepSpeed"
-        )
+    first = members[0].param
+    collectives = Collectives(first._dp_group)
     numel = flat.numel() * collectives.size
     for member in members:
         storage = member.param.untyped_storage()
         whole = storage.nbytes() == numel * member.param.element_size()
-        if not whole or storage.data_ptr() != first.param.untyped_storage().data_ptr():
+        if not whole or storage.data_ptr() != first.untyped_storage().data_ptr():
             raise ValueError(
                 f"parameter {member.spec.name!r} is no view of its group's flat buffer of {numel} elements: DeepSpeed "
                 "laid it out in a way that is not supported; use deepspeed 0.19.8"
@@ -161,6 +184,24 @@ def make_partition(group: Mapping[str, Any], members: list[Member]) -> Partition
     return Partition(group[INDEX], flat, members, shards, offsets, f"group {group[INDEX]} at {bucket}", collectives)
 
 
+def _sub_group(wrapper: Any, number: int, by_param: Mapping[Tensor, Member]) -> Partition:
+    """One sub-group of stage 3, where every parameter is cut evenly and a rank's parts lie end to end."""
+    flat, params = wrapper.fp32_partitioned_groups_flat[number], wrapper.fp16_groups[number]
+    members, sizes = [by_param[param] for param in params], [param.partition_numel() for param in params]
+    collectives = Collectives(wrapper.sub_group_process_groups[number])
+    starts = list(accumulate(sizes, initial=0))
+    if starts[-1] != flat.numel():
+        raise ValueError(
+            f"sub-group {number} has {flat.numel()} elements, its parameters {starts[-1]}: DeepSpeed laid it out in a "
+            "way that is not supported; use deepspeed 0.19.8"
+        )
+    buckets = [Bucket((tensor,), (0,), size * collectives.size) for tensor, size in enumerate(sizes)]
+    shards = cut_buckets(buckets, [member.spec.numel for member in members], collectives.size)
+    offsets = [starts[shard.tensor] for shard in shards[collectives.rank]]
+    place = f"sub-group {number} of parts {sizes}"
+    return Partition(members[0].group, flat, members, shards, offsets, place, collectives, whole=False)
+
+
 def read_moments(
     group: Mapping[str, Any], saved: Mapping[str, Any], moments: Mapping[str, Any], part: Partition
 ) -> dict[str, Tensor]:
@@ -168,7 +209,7 @@ def read_moments(
     flat, names = part.flat, group.get("param_names")
     keys = ("exp_avg",) if group["algorithm"] == "muon" else ("exp_avg", "exp_avg_sq")
     where = f"parameter group {group[INDEX]}"
-    if "use_muon" in saved:
+    if "use_muon" in saved and part.whole:
         theirs = "muon" if saved["use_muon"] else "adamw"
         if theirs == "muon" and moments:
             moments = {"exp_avg": _own_part(moments["momentum_buffer"], part)}
@@ -187,7 +228,7 @@ def read_moments(
         if value.shape != flat.shape:
             raise ValueError(
                 f"{key} of {where} has {value.numel()} elements in the checkpoint, {flat.numel()} here: convert it "
-                "with ds_to_universal to resume on another number of ranks"
+                "with ds_to_universal to resume on another number of ranks, and keep zero_optimization.sub_group_size"
             )
     return out
 

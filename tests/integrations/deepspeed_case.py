@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import accumulate
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from distributed_muon.integrations.deepspeed import PartitionedOptimizer
 from distributed_muon.layout.matrices import Experts
+from distributed_muon.param_groups import whole_shape
 from tests.reference import ADAMW_SHAPES, MUON_SHAPES, make_params, rank_gradient
 
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -54,18 +56,18 @@ class Chosen(nn.Module):
     def gradients(self, step: int, microbatch: int, rank: int) -> list[Tensor]:
         """Small integers: exact in every dtype, and sums over two ranks are exact."""
         count = 16 * step + microbatch
-        return [rank_gradient(tuple(p.shape), count, rank, i) for i, p in enumerate(self.parameters())]
+        return [rank_gradient(whole_shape(p), count, rank, i) for i, p in enumerate(self.parameters())]
 
 
 class Twin:
-    """torch.optim.Muon and AdamW in one process, on fp32 copies of a model's parameters.
+    """torch.optim.Muon and AdamW in one process, on fp32 copies of a run's parameters.
 
     Args:
         scale: on every learning rate; other than 1 it makes a control that must not match.
     """
 
-    def __init__(self, model: Chosen, scale: float = 1.0) -> None:
-        self.params = [p.detach().float().clone() for p in model.parameters()]
+    def __init__(self, run: Run, scale: float = 1.0) -> None:
+        self.params = [p.clone() for p in run.values()]
         count, self._scale = len(MUON_SHAPES), scale
         groups = [{"params": self.params[:count]}, {"params": list(self.params[count])}]
         self.optimizers = [
@@ -94,13 +96,13 @@ class Recorder(PartitionedOptimizer):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.grads: dict[int, Tensor] = {}
+        self.grads: dict[Tensor, Tensor] = {}
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        seen = [(group["group_index"], group["params"][0].grad) for group in self.param_groups]
-        self.grads.update({index: grad.clone() for index, grad in seen})
+        seen = [(flat, flat.grad) for group in self.param_groups for flat in group["params"]]
+        self.grads.update({flat: grad.clone() for flat, grad in seen if grad is not None})
         super().step(closure)
-        assert all(torch.equal(self.grads[index], grad) for index, grad in seen), "the gradient was written"
+        assert all(torch.equal(self.grads[flat], grad) for flat, grad in seen), "the gradient was written"
 
 
 class Run:
@@ -108,20 +110,34 @@ class Run:
 
     Args:
         config: DeepSpeed's. plain: as in `Chosen`. lr_scheduler: as in deepspeed.initialize.
-        options: of the optimizer.
+        zero_init: build the model under zero.Init. options: of the optimizer.
     """
 
-    def __init__(self, config: dict[str, Any], plain: bool = False, lr_scheduler: Any = None, **options: Any) -> None:
+    sharded = False  # stage 3
+
+    def __init__(
+        self,
+        config: dict[str, Any],
+        plain: bool = False,
+        lr_scheduler: Any = None,
+        zero_init: bool = False,
+        **options: Any,
+    ) -> None:
         import deepspeed
 
         deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-        self.config, self.model = config, Chosen(plain)
+        with deepspeed.zero.Init(config_dict_or_path=config) if zero_init else nullcontext():
+            self.config, self.model = config, Chosen(plain)
         self.optimizer = Recorder(
             self.model.groups(), **{"lr": LR, "weight_decay": DECAY, "ns_form": "standard", **options}
         )
         self.engine, *_ = deepspeed.initialize(
             model=self.model, optimizer=self.optimizer, config=config, lr_scheduler=lr_scheduler
         )
+        self.sharded = config["zero_optimization"]["stage"] == 3
+        if self.sharded:  # the root's forward uses parameters of its children
+            for param in self.model.parameters():
+                deepspeed.zero.register_external_parameter(self.model, param)
 
     def train_step(self, step: int, rank: int, spoil: bool = False, factor: int = 1) -> None:
         """All microbatches of one step; `spoil` puts an inf into the first gradient, `factor` multiplies all."""
@@ -151,6 +167,16 @@ class Run:
         """
         wrapper, found = self.engine.optimizer, {}
         for group, flat in enumerate(flats):
+            if self.sharded:
+                world = dist.get_world_size()
+                whole = [torch.empty_like(flat) for _ in range(world)]
+                dist.all_gather(whole, flat.detach().contiguous())
+                at = 0
+                for param in wrapper.fp16_groups[group]:
+                    size = -(-param.ds_numel // world)
+                    pieces = torch.cat([part[at : at + size] for part in whole])
+                    found[param], at = pieces[: param.ds_numel].view(param.ds_shape), at + size
+                continue
             process_group = wrapper.real_dp_process_group[group]
             whole = [torch.empty_like(flat) for _ in range(dist.get_world_size(process_group))]
             dist.all_gather(whole, flat.detach().contiguous(), group=process_group)
@@ -165,16 +191,26 @@ class Run:
 
     @property
     def flats(self) -> list[Tensor]:
-        """This rank's masters, by group."""
+        """This rank's masters, by group, or by sub-group of stage 3."""
+        if self.sharded:
+            return list(self.engine.optimizer.fp32_partitioned_groups_flat)
         return [group["params"][0] for group in self.optimizer.param_groups]
 
     def masters(self) -> list[Tensor]:
         """Whole masters, in the model's order."""
         return self.gather(self.flats)
 
+    def values(self) -> list[Tensor]:
+        """Whole parameters in fp32, in the model's order."""
+        import deepspeed
+
+        params = list(self.model.parameters())
+        with deepspeed.zero.GatheredParameters(params) if self.sharded else nullcontext():
+            return [p.detach().float().clone() for p in params]
+
     def reduced(self) -> list[Tensor]:
         """Whole gradients as the last step got them, in the model's order."""
-        return self.gather([self.optimizer.grads[index] for index in range(len(self.flats))])
+        return self.gather([self.optimizer.grads[flat] for flat in self.flats])
 
     def moment(self, key: str = "exp_avg") -> list[Tensor]:
         """Whole moments, in the model's order."""
@@ -183,7 +219,7 @@ class Run:
     def snapshot(self) -> list[Tensor]:
         """Copies of all that a step may change on this rank."""
         moments = [value for flat in self.flats for value in self.optimizer.state[flat].values()]
-        return [t.detach().clone() for t in (*self.flats, *moments, *self.model.parameters())]
+        return [t.detach().clone() for t in (*self.flats, *moments, *self.values())]
 
 
 def zero_config(stage: int = 1, **options: Any) -> dict[str, Any]:

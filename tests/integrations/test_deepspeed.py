@@ -32,7 +32,7 @@ ACCUMULATE = {"gradient_accumulation_steps": 3, "gradient_clipping": 1.0}
 def check(config: dict[str, Any], rank: int, world: int, **options: Any) -> None:
     """A few steps; masters must follow the twin and not the control, at one Newton-Schulz run per matrix."""
     run = Run(config, **options)
-    twin, control = Twin(run.model), Twin(run.model, scale=1.01)
+    twin, control = Twin(run), Twin(run, scale=1.01)
     calls = torch.tensor(0)
     for step in range(STEPS):
         lrs = [group["lr"] for group in run.optimizer.param_groups]
@@ -48,8 +48,9 @@ def check(config: dict[str, Any], rank: int, world: int, **options: Any) -> None
         masters = run.masters()
         assert twin.distance(masters) <= 1e-6, f"{where}: {twin.distance(masters)}"
         assert control.distance(masters) > 1e-5, f"{where}: the comparison is blind"
-        for param, master in zip(run.model.parameters(), masters, strict=True):
-            assert torch.equal(param, master.to(param.dtype)), f"{where}: parameters do not follow the masters"
+        dtype = next(run.model.parameters()).dtype
+        for value, master in zip(run.values(), masters, strict=True):
+            assert torch.equal(value, master.to(dtype).float()), f"{where}: parameters do not follow the masters"
         calls += run.optimizer.step_report()["ns_calls"]
     dist.all_reduce(calls)
     assert calls == MATRICES * STEPS, f"{config}: {calls} Newton-Schulz runs"
@@ -116,31 +117,36 @@ def test_five_ranks(rank: int, world: int) -> None:
     check_uneven(rank, world)
 
 
-@on_ranks(2, timeout=SECONDS)
-def test_a_skipped_fp16_step_changes_nothing(rank: int, world: int) -> None:
+def check_fp16(rank: int, config: dict[str, Any]) -> None:
+    """Steps with dynamic loss scaling, two of which overflow on one rank."""
     from deepspeed.accelerator import get_accelerator
 
     fp16 = {"enabled": True, "initial_scale_power": 6, "hysteresis": 1}
     with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: True):
-        for stage in (1, 2):
-            run = Run(zero_config(stage, fp16=fp16))
-            twin, control = Twin(run.model), Twin(run.model, scale=1.01)
-            for step in range(5):
-                if step in (1, 3):
-                    before, scale = run.snapshot(), run.engine.optimizer.loss_scale
-                    counts = [group["step"] for group in run.optimizer.param_groups]
-                    run.train_step(step, rank, spoil=rank == 1)
-                    assert all(map(torch.equal, before, run.snapshot())), f"stage {stage}: a skipped step changed state"
-                    assert counts == [group["step"] for group in run.optimizer.param_groups]
-                    assert run.engine.optimizer.loss_scale == scale / 2
-                run.train_step(step, rank)
-                for other in (twin, control):
-                    other.step(run.reduced())
-                assert twin.distance(run.masters()) <= 1e-6, f"stage {stage}, step {step}"
-                assert control.distance(run.masters()) > 1e-5
-            assert run.engine.skipped_steps == 2
-            assert all(map(torch.equal, run.reduced(), run.expected_gradients(4, world)))
-            run.engine.destroy()
+        run = Run({**config, "fp16": fp16})
+        twin, control = Twin(run), Twin(run, scale=1.01)
+        for step in range(5):
+            if step in (1, 3):
+                before, scale = run.snapshot(), run.engine.optimizer.loss_scale
+                counts = [group["step"] for group in run.optimizer.param_groups]
+                run.train_step(step, rank, spoil=rank == 1)
+                assert all(map(torch.equal, before, run.snapshot())), f"{config}: a skipped step changed state"
+                assert counts == [group["step"] for group in run.optimizer.param_groups]
+                assert run.engine.optimizer.loss_scale == scale / 2
+            run.train_step(step, rank)
+            for other in (twin, control):
+                other.step(run.reduced())
+            assert twin.distance(run.masters()) <= 1e-6, f"{config}, step {step}"
+            assert control.distance(run.masters()) > 1e-5
+        assert run.engine.skipped_steps == 2
+        assert all(map(torch.equal, run.reduced(), run.expected_gradients(4, dist.get_world_size())))
+        run.engine.destroy()
+
+
+@on_ranks(2, timeout=SECONDS)
+def test_a_skipped_fp16_step_changes_nothing(rank: int, world: int) -> None:
+    for stage in (1, 2):
+        check_fp16(rank, zero_config(stage))
 
 
 @on_ranks(2, timeout=SECONDS)
@@ -163,6 +169,20 @@ def test_schedulers_scale_every_group_from_the_next_step(rank: int, world: int) 
         run.train_step(step, rank)
         seen.append(run.optimizer.param_groups[0]["lr"])
     assert seen == sorted(set(seen))
+
+
+@on_ranks(2, timeout=SECONDS)
+def test_one_cycle_cycles_the_momentum_of_muon_too(rank: int, world: int) -> None:
+    cycle = {"cycle_min_lr": 0.001, "cycle_max_lr": 0.03, "cycle_first_step_size": 4, "decay_lr_rate": 0.0}
+    run = Run(zero_config(1, scheduler={"type": "OneCycle", "params": {**cycle, "cycle_momentum": True}}))
+    expected: list[Tensor] = [torch.zeros_like(p) for p in run.model.parameters()][:9]
+    seen = []
+    for step in range(3):
+        run.train_step(step, rank)
+        seen.append(run.optimizer.param_groups[0]["momentum"])
+        torch._foreach_lerp_(expected, run.reduced()[:9], 1 - seen[-1])
+    assert len(set(seen)) == 3, seen
+    assert all(map(torch.equal, run.moment()[:9], expected))
 
 
 @on_ranks(2, timeout=SECONDS)
@@ -191,7 +211,9 @@ def test_report_counts_the_exchange_that_the_plans_predict(rank: int, world: int
     report = run.optimizer.step_report()
     plans = run.optimizer.plans
     assert set(plans) == {0, 1}
-    assert report["bytes"] == {"all_to_all": sum(plan.exchange_bytes_by_rank[rank] for plan in plans.values())}
+    agreement = 4 * len(list(run.model.parameters()))  # one flag per parameter, of which half is sent twice
+    exchange = sum(plan.exchange_bytes_by_rank[rank] for plan in plans.values())
+    assert report["bytes"] == {"all_to_all": exchange, "all_reduce": agreement}
     assert len(report["update_rms"]) == MATRICES
     assert all(0.1 < rms < 0.3 for rms in report["update_rms"].values())
     assert run.optimizer.step_report()["ns_calls"] == 0

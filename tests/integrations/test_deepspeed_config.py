@@ -26,8 +26,22 @@ BAD_CONFIGS = [
     ({"sequence_parallel_size": 2}, "sequence_parallel_size is not supported"),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, r"bf16\.bf16_master_weights_and_grads"),
     ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, r"fp16\.fp16_master_weights_and_grads"),
-    ({"zero_optimization": {"stage": 3}}, r"zero_optimization\.stage=3"),
-    ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+    ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage=4"),
+    ({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu"}}}, "zero_force_ds_cpu_optimizer"),
+    (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+        r'offload_optimizer\.device=nvme.*"cpu"',
+    ),
+    ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+    ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
+    (
+        {
+            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+            "zero_force_ds_cpu_optimizer": False,
+        },
+        r"offload_optimizer\.ratio",
+    ),
     ({"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme"}}}, "offload_param"),
     ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zenflow"),
     (

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from distributed_muon import muon_param_groups
 from distributed_muon.integrations.deepspeed import PartitionedOptimizer
 from tests.checks import on_ranks
 from tests.integrations.deepspeed_case import LR, Chosen, Run, zero_config
@@ -52,32 +51,15 @@ def test_before_initialize_there_is_nothing_to_step_or_load() -> None:
     optimizer = make()
     assert optimizer.state_dict()["state"] == {}
     for call in (optimizer.step, lambda: optimizer.load_state_dict(optimizer.state_dict())):
-        with pytest.raises(ValueError, match=r"zero_optimization\.stage to 1 or 2"):
+        with pytest.raises(ValueError, match=r"zero_optimization\.stage to 1"):
             call()
 
 
 @on_ranks(2, timeout=SECONDS)
-def test_engines_that_do_not_partition_as_zero_1_and_2_do(rank: int, world: int) -> None:
-    offload = {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}
-    for config, named in (
-        (zero_config(0), r"not partitioned.*zero_optimization\.stage to 1 or 2"),
-        (zero_config(1, **offload), r"zero_optimization\.offload_optimizer"),
-    ):
-        run = Run(config)
-        with pytest.raises(ValueError, match=named):
-            run.train_step(0, rank)
-
-
-@on_ranks(2, timeout=SECONDS)
-def test_stage_3(rank: int, world: int) -> None:
-    import deepspeed
-
-    model = nn.Sequential(nn.Linear(4, 4))
-    optimizer = PartitionedOptimizer(muon_param_groups(model), lr=LR)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=zero_config(3))
-    engine.backward(engine(torch.ones(1, 4)).sum())
-    with pytest.raises(ValueError, match=r"'0\.weight'.*zero_optimization\.stage to 1 or 2, not 3"):
-        engine.step()
+def test_engines_that_do_not_partition(rank: int, world: int) -> None:
+    run = Run(zero_config(0))
+    with pytest.raises(ValueError, match=r"not partitioned.*zero_optimization\.stage to 1"):
+        run.train_step(0, rank)
 
 
 @on_ranks(2, timeout=SECONDS)

@@ -274,7 +274,6 @@ def marked(param: nn.Parameter, mark: str) -> nn.Parameter:
     ("param", "says"),
     [
         (marked(nn.Parameter(torch.zeros(64)), "_is_flat_param"), "FSDP1 or ZeRO-3.*unwrapped model"),
-        (marked(nn.Parameter(torch.zeros(8)), "ds_id"), "FSDP1 or ZeRO-3.*unwrapped model"),
         (nn.Parameter(torch.zeros(0)), "FSDP1 or ZeRO-3.*unwrapped model"),
     ],
 )
