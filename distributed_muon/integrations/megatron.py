@@ -30,6 +30,8 @@ from distributed_muon.engine.state import OwnedParameter
 from distributed_muon.integrations.megatron_checkpoint import (
     export_own,
     export_shards,
+    foreign_request,
+    import_foreign,
     import_groups,
     import_own,
     import_shards,
@@ -63,6 +65,7 @@ def get_distributed_muon_optimizer(
     dump_param_to_param_group_map: str | None = None,
     *,
     overrides: Mapping[str, Override] | None = None,
+    take_over: str | None = None,
     **options: Any,
 ) -> ChainedOptimizer:
     """Muon for the hidden matrices and AdamW for the rest, where `get_megatron_optimizer` was called.
@@ -76,6 +79,8 @@ def get_distributed_muon_optimizer(
             use_distributed_optimizer=True. No gloo group is used, and a map cannot be dumped.
         overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule (`distributed_muon.layout.matrices`).
             Names are those of the whole model, whatever the parallelism; `explain()` prints them.
+        take_over: directory of a torch_dist checkpoint that Megatron's own Muon or AdamW wrote. What is loaded from it
+            through `sharded_state_dict(..., is_loading=True)` is its optimizer state, as far as it goes.
         options: Muon's, as `engine.options.Options` has them.
 
     Raises:
@@ -111,6 +116,7 @@ def get_distributed_muon_optimizer(
         raise ValueError("no parameter of any rank goes to Muon: check requires_grad and overrides")
     stats = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, model_chunks, False)
     optimizer = MegatronMuon(config, model_chunks, members, param_groups, domains)
+    optimizer.take_over = take_over
     optimizer.grad_stats_parallel_group = stats["intra_dist_opt_group"]
     return ChainedOptimizer([optimizer])
 
@@ -123,7 +129,10 @@ class MegatronMuon(MegatronOptimizer):
         members: every trainable parameter of this rank, with its matrices.
         owned: the parameters of which this rank owns something, with their masters and state.
         model_chunks, ddp_config: Megatron's. steps: steps taken, skipped ones excluded.
+        take_over: the foreign checkpoint that the next load reads, or None.
     """
+
+    take_over: str | None = None
 
     def __init__(
         self,
@@ -293,6 +302,11 @@ class MegatronMuon(MegatronOptimizer):
             ValueError: the state has no tensors, or belongs to another rank or to other parameters.
         """
         self._check_present()
+        if self.take_over is not None:
+            said = self.take_state(state_dict["param_state"], state_dict)
+            if dist.get_rank() == 0:
+                print(said, flush=True)
+            return
         if "param_state" in state_dict:
             import_shards(self.owned, state_dict["param_state"], state_dict["step"])
         elif "state" in state_dict and "place" in state_dict:
@@ -307,6 +321,15 @@ class MegatronMuon(MegatronOptimizer):
         self.steps = state_dict["step"]
         for domain in self.domains:
             domain.publish()
+
+    @torch.no_grad()
+    def take_state(self, tensors: Mapping[str, Any], common: Any) -> str:
+        """Import what `take_over` had; what was kept, in a line."""
+        self.steps, told = import_foreign(self.owned, tensors, common)
+        for domain in self.domains:
+            domain.publish()
+        path, self.take_over = self.take_over, None
+        return f"kept from {path}: {told}"
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False, metadata: Any = None, **_: Any
@@ -327,6 +350,8 @@ class MegatronMuon(MegatronOptimizer):
         tensors = {}
         for domain in self.domains:
             tensors |= export_shards(domain, model_sharded_state_dict, is_loading)
+        if is_loading and self.take_over is not None:
+            return {"param_state": foreign_request(self.take_over, tensors)}
         return {**self._common_state(), "param_state": tensors}
 
     def save_parameter_state(self, filename: str) -> None:

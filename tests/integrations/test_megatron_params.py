@@ -1,4 +1,4 @@
-"""What Megatron's modules and marks declare; on modules with the same class names, so megatron-core is not needed."""
+"""What Megatron's modules, marks and flags declare; the modules here have the same class names."""
 
 from __future__ import annotations
 
@@ -267,3 +267,32 @@ def test_names_of_several_chunks_and_shared_parameters() -> None:
     assert [member.name for member in found] == ["linear_fc1.weight", "linear_fc2.weight"]
     names = [member.name for member in read_parameters([chunk, other], TensorParallel(1, 1), {})]
     assert names == ["linear_fc1.weight", "linear_fc2.weight", "model1.linear_fc1.weight", "model1.linear_fc2.weight"]
+
+
+def test_flags_of_megatrons_muon_mean_the_same_or_are_refused() -> None:
+    from distributed_muon.integrations.megatron_options import muon_options
+
+    def read(**said: Any) -> dict[str, Any]:
+        usual = {"muon_scale_mode": "spectral", "muon_extra_scale_factor": 1.0}
+        return muon_options(SimpleNamespace(**{**usual, **said}), said)
+
+    assert read() == {}
+    assert read(muon_momentum=0.9, muon_num_ns_steps=7) == {"momentum": 0.9, "ns_steps": 7}
+    assert read(muon_nesterov=True) == read(muon_use_nesterov=True) == {"nesterov": True}
+    assert read(muon_extra_scale_factor=0.2) == {"update_scale": 0.2, "adjust_lr_fn": "spectral"}
+    assert read(muon_scale_mode="shape_scaling") == {"update_scale": 1.0, "adjust_lr_fn": "original"}
+    assert read(muon_scale_mode="unit_rms_norm") == {"update_scale": 1.0, "adjust_lr_fn": "unit_rms_norm"}
+    assert read(muon_coefficient_type="simple") == {"ns_coefficients": "quintic"}
+    assert read(muon_fp32_matmul_prec="highest") == {"ns_dtype": torch.float32}
+    assert read(muon_tp_mode="duplicated", muon_scalar_optimizer="adam", muon_split_qkv=True) == {}
+    table = read(muon_coefficient_type="quintic")["ns_coefficients"]
+    assert table[0] == table[5] == (4.0848, -6.8946, 2.9270)
+    for name, value, advice in (
+        ("muon_tp_mode", "blockwise", "whole matrices"),
+        ("muon_scalar_optimizer", "lion", "use 'adam'"),
+        ("muon_split_qkv", False, "overrides="),
+        ("muon_coefficient_type", "aol", "ns_coefficients"),
+        ("muon_fp32_matmul_prec", "high", "use 'medium' or 'highest'"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not supported.*{advice}"):
+            read(**{name: value})
