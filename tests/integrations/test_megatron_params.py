@@ -49,7 +49,8 @@ class CrossAttention(Attention):
 class MLASelfAttention(Attention):
     def __init__(self, fused: bool = False) -> None:
         super().__init__()
-        self.config = SimpleNamespace(q_lora_rank=6, kv_lora_rank=5, qk_pos_emb_head_dim=2)
+        sizes = {"num_attention_heads": 4, "qk_head_dim": 4, "v_head_dim": 1}
+        self.config = SimpleNamespace(q_lora_rank=6, kv_lora_rank=5, qk_pos_emb_head_dim=2, **sizes)
         if fused:
             self.linear_qkv_down_proj = Linear(13, H)
         else:
@@ -151,8 +152,35 @@ def test_tensor_parallelism_cuts_linear_qkv_by_group() -> None:
         (2, 12, 0, 4, 0, 4, H),
     ]
     assert shapes(found["linear_proj.weight"]) == [(H, 16)]
-    with pytest.raises(ValueError, match=r"linear_qkv\.weight.*2 query groups cannot be divided by .* 4"):
-        read(SelfAttention(8), tp=4)
+
+
+def test_more_tensor_parallel_ranks_than_query_groups() -> None:
+    found = read(SelfAttention(8), tp=4)["linear_qkv.weight"]
+    assert shapes(found) == [(16, H), (8, H), (8, H)]
+    # Rank 0 holds the first group's queries, rank 1 its key and value.
+    assert blocks(found, 0) == [(0, 0, 0, 0, 0, 8, H)]
+    assert blocks(found, 1) == [(1, 0, 0, 0, 0, 4, H), (2, 4, 0, 0, 0, 4, H)]
+
+
+def test_every_head_is_a_matrix_where_asked() -> None:
+    found = read(SelfAttention(16), tp=2, **{"*linear_qkv*": "per_head"})["linear_qkv.weight"]
+    names = [matrix.name.partition("[")[2] for matrix in found.spec.matrices()]
+    assert names == ["q0]", "q1]", "k0]", "v0]", "q2]", "q3]", "k1]", "v1]"]
+    assert shapes(found) == [(4, H)] * 8
+    gated = read(SelfAttention(48, attention_output_gate=True), **{"*linear_qkv*": "per_head"})["linear_qkv.weight"]
+    assert [m.name.partition("[")[2] for m in gated.spec.matrices()][:6] == [
+        "q0]",
+        "q1]",
+        "gate0]",
+        "gate1]",
+        "k0]",
+        "v0]",
+    ]
+    latent = read(MLASelfAttention(), tp=2, **{"*_up_proj*": "per_head"})
+    assert shapes(latent["linear_q_up_proj.weight"]) == [(6, 6)] * 4
+    assert shapes(latent["linear_kv_up_proj.weight"]) == [(4, 5), (1, 5)] * 4
+    with pytest.raises(ValueError, match=r"'per_head', but parameter 'linear_proj\.weight' has no attention heads"):
+        read(SelfAttention(32), **{"*linear_proj*": "per_head"})
 
 
 def test_gated_fc1_is_de_strided() -> None:
