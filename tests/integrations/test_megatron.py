@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from perf.megatron_step import directions
+from perf.megatron_step import base_case, directions
 from tests.integrations import megatron_cpu
 from tests.integrations.megatron_job import LR, Case, Job
 from tests.spawn import run_ranks
@@ -117,7 +117,7 @@ def run_two(rank: int, world: int) -> dict[str, Any]:
     results["disagreement"] = disagreement(rank)
     results["outside writes"] = outside_writes()
     if new_megatron() and importlib.util.find_spec("emerging_optimizers"):
-        results["cosine"] = directions(tp=2)
+        results["cosine"] = directions(base_case(tp=2, ep=1))
     results["refusals"] = {option: refusal(option) for option in REFUSED}
     return results
 
