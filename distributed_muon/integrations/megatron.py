@@ -27,23 +27,10 @@ from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import describe_group
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import OwnedParameter
-from distributed_muon.integrations.megatron_checkpoint import (
-    export_own,
-    export_shards,
-    foreign_request,
-    import_foreign,
-    import_groups,
-    import_own,
-    import_shards,
-)
+from distributed_muon.integrations import megatron_checkpoint as checkpoint
+from distributed_muon.integrations import megatron_options
 from distributed_muon.integrations.megatron_layout import Domain, build_domain, find_ranks, shard_aligned_param_layout
 from distributed_muon.integrations.megatron_memory import PartState
-from distributed_muon.integrations.megatron_options import (
-    chosen_algorithms,
-    read_options,
-    refuse_unsupported,
-    split_groups,
-)
 from distributed_muon.integrations.megatron_params import (
     MarkedParameter,
     Override,
@@ -77,8 +64,9 @@ def get_distributed_muon_optimizer(
         config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection,
             dump_param_to_param_group_map: as of `get_megatron_optimizer`; the chunks are wrapped in DDP with
             use_distributed_optimizer=True. No gloo group is used, and a map cannot be dumped.
-        overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule (`distributed_muon.layout.matrices`).
-            Names are those of the whole model, whatever the parallelism; `explain()` prints them.
+        overrides: fnmatch pattern of parameter names -> "muon", "per_head" (each attention head a matrix), "adamw" or a
+            rule (`distributed_muon.layout.matrices`). Names are those of the whole model, whatever the parallelism;
+            `explain()` prints them.
         take_over: directory of a torch_dist checkpoint that Megatron's own Muon or AdamW wrote. What is loaded from it
             through `sharded_state_dict(..., is_loading=True)` is its optimizer state, as far as it goes.
         options: Muon's, as `engine.options.Options` has them.
@@ -87,16 +75,17 @@ def get_distributed_muon_optimizer(
         ValueError: an option or parameter that is not supported, by name.
         RuntimeError: ranks of a domain disagree about a parameter, or ranks of the world about options.
     """
-    everywhere = read_options(config, options)
-    refuse_unsupported(config, model_chunks, dump_param_to_param_group_map)
+    everywhere = megatron_options.read_options(config, options)
+    megatron_options.refuse_unsupported(config, model_chunks, dump_param_to_param_group_map)
     pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "expt_tp"])
     sizes = TensorParallel(dist.get_world_size(pgs.tp), dist.get_world_size(pgs.expt_tp))
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
     groups, world = _get_param_groups(model_chunks, config, config_overrides), Collectives(None)
-    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn, chosen_algorithms(groups))
+    chosen = megatron_options.chosen_algorithms(groups)
+    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn, chosen)
     check_overrides(overrides or {}, members, world)
-    param_groups = everywhere.complete(split_groups(groups, members, config))
+    param_groups = everywhere.complete(megatron_options.split_groups(groups, members, config))
     lines = [f"options {(everywhere, config.bf16, config.fp16, config.clip_grad)}"]
     lines += [f"group {number} {describe_group(group)}" for number, group in enumerate(param_groups)]
     check_same_everywhere(world, lines)
@@ -290,7 +279,7 @@ class MegatronMuon(MegatronOptimizer):
         """
         self._check_present()
         place = (dist.get_rank(), dist.get_world_size())
-        return {**self._common_state(), "place": place, "state": export_own(self.owned)}
+        return {**self._common_state(), "place": place, "state": checkpoint.export_own(self.owned)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -308,12 +297,12 @@ class MegatronMuon(MegatronOptimizer):
                 print(said, flush=True)
             return
         if "param_state" in state_dict:
-            import_shards(self.owned, state_dict["param_state"], state_dict["step"])
+            checkpoint.import_shards(self.owned, state_dict["param_state"], state_dict["step"])
         elif "state" in state_dict and "place" in state_dict:
-            import_own(self.owned, state_dict, (dist.get_rank(), dist.get_world_size()))
+            checkpoint.import_own(self.owned, state_dict, (dist.get_rank(), dist.get_world_size()))
         elif self.owned:
             raise ValueError("the state dict has no tensors of distributed_muon: save with --ckpt-format torch_dist")
-        said = import_groups(self.param_groups, state_dict["param_groups"])
+        said = checkpoint.import_groups(self.param_groups, state_dict["param_groups"])
         if dist.get_rank() == 0 and said:
             print("\n".join(said), flush=True)
         if self.grad_scaler is not None and "grad_scaler" in state_dict:
@@ -325,7 +314,7 @@ class MegatronMuon(MegatronOptimizer):
     @torch.no_grad()
     def take_state(self, tensors: Mapping[str, Any], common: Any) -> str:
         """Import what `take_over` had; what was kept, in a line."""
-        self.steps, told = import_foreign(self.owned, tensors, common)
+        self.steps, told = checkpoint.import_foreign(self.owned, tensors, common)
         for domain in self.domains:
             domain.publish()
         path, self.take_over = self.take_over, None
@@ -349,9 +338,9 @@ class MegatronMuon(MegatronOptimizer):
             raise ValueError("the optimizer has no fsdp_dtensor checkpoint: use --ckpt-format torch_dist")
         tensors = {}
         for domain in self.domains:
-            tensors |= export_shards(domain, model_sharded_state_dict, is_loading)
+            tensors |= checkpoint.export_shards(domain, model_sharded_state_dict, is_loading)
         if is_loading and self.take_over is not None:
-            return {"param_state": foreign_request(self.take_over, tensors)}
+            return {"param_state": checkpoint.foreign_request(self.take_over, tensors)}
         return {**self._common_state(), "param_state": tensors}
 
     def save_parameter_state(self, filename: str) -> None:

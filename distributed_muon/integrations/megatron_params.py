@@ -101,9 +101,10 @@ def read_parameters(
                 asked = {name: chosen[param]} if chosen and param in chosen else {}
                 asked |= {pattern: rule for pattern, rule in overrides.items() if fnmatchcase(name, pattern)}
                 found[param] = _read(name, param, module, declared.get(param), tensor_parallel, asked)
-                if adjust_lr_fn == "original" and param in declared and declared[param].transposed:
+                by_side = adjust_lr_fn in ("original", "unit_rms_norm")
+                if by_side and param in declared and declared[param].transposed:
                     raise ValueError(
-                        f"parameter {name!r} stores its matrices transposed, so adjust_lr_fn='original' would see "
+                        f"parameter {name!r} is stored transposed, so adjust_lr_fn={adjust_lr_fn!r} would see "
                         "rows as columns: use adjust_lr_fn='match_rms_adamw' or TEGroupedMLP/SequentialMLP"
                     )
     return list(found.values())
@@ -116,7 +117,7 @@ def check_overrides(overrides: Mapping[str, Override], members: Sequence[MarkedP
         if not any(found):
             raise ValueError(
                 f"overrides pattern {pattern!r} matches no parameter: names are those of the whole model, such as "
-                f"{members[len(members) // 2].name!r}"
+                "'decoder.layers.0.mlp.linear_fc1.weight'; explain() prints them"
             )
 
 

@@ -228,7 +228,7 @@ def test_grouped_experts_are_apart() -> None:
         assert shapes(found["weight2"]) == [(12, H)] * 2
     # Rank 1, second expert: its half of the gate begins at column 6 of matrix 2, of the up at column 6 of 3.
     assert blocks(found["weight1"], 1)[-2:] == [(2, 16, 0, 0, 6, H, 6), (3, 16, 6, 0, 6, H, 6)]
-    with pytest.raises(ValueError, match="'weight1' stores its matrices transposed"):
+    with pytest.raises(ValueError, match="'weight1' is stored transposed"):
         read_parameters([GroupedMLP()], TensorParallel(1, 1), {}, "original")
 
 
