@@ -51,7 +51,7 @@ def run_protocol(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(run_protocol, 2, str(tmp_path_factory.mktemp("protocol")), timeout=400)
+    return run_ranks(run_protocol, 2, str(tmp_path_factory.mktemp("protocol")), timeout=170)
 
 
 # ---- what the ranks run ------------------------------------------------------------------------------------
