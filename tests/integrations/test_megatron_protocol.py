@@ -257,7 +257,9 @@ SCALES: dict[str, dict[str, Any]] = {
 
 def scaled(config: dict[str, Any]) -> dict[str, float]:
     """How far each kind of hidden weight moves in two steps, without decay, under Muon options of Megatron's config."""
-    job = Job(DENSE.but(config={"weight_decay": 0.0, **config}))
+    job = Job(DENSE.but(config=config))
+    for group in job.optimizer.param_groups:
+        group["weight_decay"] = 0.0
     before = job.weights()
     for step in range(2):
         job.set_gradients(step)
