@@ -63,15 +63,20 @@ def contenders(base: Case) -> dict[str, Callable[[], Job]]:
         case = base.but(dtype=torch.bfloat16, config={**THEIRS, **layer_wise, "muon_tp_mode": mode}, **options)
         return lambda: Job(case, get_megatron_optimizer)
 
-    return {
+    found = {
         "distributed_muon": ours(),
         "distributed_muon, aligned layout": ours(aligned=True),
         "distributed_muon, bf16 Newton-Schulz": ours(torch.bfloat16),
-        "Megatron Muon duplicated": theirs(distributed=False),
-        "Megatron Muon blockwise": theirs("blockwise", distributed=False),
-        "Megatron Muon duplicated, LayerWise": theirs(layer_wise=True),
-        "Megatron Muon blockwise, LayerWise": theirs("blockwise", layer_wise=True),
     }
+    for mode in modes(base):
+        found[f"Megatron Muon {mode}"] = theirs(mode, distributed=False)
+        found[f"Megatron Muon {mode}, LayerWise"] = theirs(mode, layer_wise=True)
+    return found
+
+
+def modes(base: Case) -> tuple[str, ...]:
+    """Megatron's tensor-parallel modes that differ."""
+    return ("duplicated", "blockwise") if base.tp > 1 else ("duplicated",)
 
 
 def directions(base: Case, mode: str = "duplicated") -> dict[str, float]:
@@ -135,8 +140,7 @@ def measure(rank: int, world: int, tp: int, ep: int, rounds: int) -> dict[str, A
     counter = WireCounter()
     counter.__enter__()  # for the life of the process
     base = base_case(tp, ep)
-    modes = ("duplicated", "blockwise") if tp > 1 else ("duplicated",)
-    result: dict[str, Any] = {"cosine": {mode: directions(base, mode) for mode in modes}, "contenders": {}}
+    result: dict[str, Any] = {"cosine": {mode: directions(base, mode) for mode in modes(base)}, "contenders": {}}
     jobs = {name: build() for name, build in contenders(base).items()}
     steps: dict[str, list[float]] = {name: [] for name in jobs}
     sent: dict[str, dict[str, int]] = {}
