@@ -112,9 +112,10 @@ def read_parameters(
 
 def check_overrides(overrides: Mapping[str, Override], members: Sequence[MarkedParameter], world: Collectives) -> None:
     """Raise a ValueError on every rank for a pattern that matches no parameter of any; collective over `world`."""
-    mine = [any(fnmatchcase(member.name, pattern) for member in members) for pattern in overrides]
-    for pattern, *found in zip(overrides, *world.gather_objects(mine), strict=True):
-        if not any(found):
+    mine = {pattern: any(fnmatchcase(member.name, pattern) for member in members) for pattern in overrides}
+    everyone = world.gather_objects(mine)
+    for pattern in dict.fromkeys(pattern for found in everyone for pattern in found):
+        if not any(found.get(pattern) for found in everyone):
             raise ValueError(
                 f"overrides pattern {pattern!r} matches no parameter: names are those of the whole model, such as "
                 "'decoder.layers.0.mlp.linear_fc1.weight'; explain() prints them"
