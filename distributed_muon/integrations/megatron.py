@@ -27,21 +27,10 @@ from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import describe_group
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import OwnedParameter
-from distributed_muon.integrations.megatron_checkpoint import (
-    export_own,
-    export_shards,
-    import_groups,
-    import_own,
-    import_shards,
-)
+from distributed_muon.integrations import megatron_checkpoint as checkpoint
+from distributed_muon.integrations import megatron_options
 from distributed_muon.integrations.megatron_layout import Domain, build_domain, find_ranks, shard_aligned_param_layout
 from distributed_muon.integrations.megatron_memory import PartState
-from distributed_muon.integrations.megatron_options import (
-    chosen_algorithms,
-    read_options,
-    refuse_unsupported,
-    split_groups,
-)
 from distributed_muon.integrations.megatron_params import (
     MarkedParameter,
     Override,
@@ -63,6 +52,7 @@ def get_distributed_muon_optimizer(
     dump_param_to_param_group_map: str | None = None,
     *,
     overrides: Mapping[str, Override] | None = None,
+    take_over: str | None = None,
     **options: Any,
 ) -> ChainedOptimizer:
     """Muon for the hidden matrices and AdamW for the rest, where `get_megatron_optimizer` was called.
@@ -74,24 +64,28 @@ def get_distributed_muon_optimizer(
         config, model_chunks, config_overrides, use_gloo_process_groups, pg_collection,
             dump_param_to_param_group_map: as of `get_megatron_optimizer`; the chunks are wrapped in DDP with
             use_distributed_optimizer=True. No gloo group is used, and a map cannot be dumped.
-        overrides: fnmatch pattern of parameter names -> "muon", "adamw" or a rule (`distributed_muon.layout.matrices`).
-            Names are those of the whole model, whatever the parallelism; `explain()` prints them.
+        overrides: fnmatch pattern of parameter names -> "muon", "per_head" (each attention head a matrix), "adamw" or a
+            rule (`distributed_muon.layout.matrices`). Names are those of the whole model, whatever the parallelism;
+            `explain()` prints them.
+        take_over: directory of a torch_dist checkpoint that Megatron's own Muon or AdamW wrote. What is loaded from it
+            through `sharded_state_dict(..., is_loading=True)` is its optimizer state, as far as it goes.
         options: Muon's, as `engine.options.Options` has them.
 
     Raises:
         ValueError: an option or parameter that is not supported, by name.
         RuntimeError: ranks of a domain disagree about a parameter, or ranks of the world about options.
     """
-    everywhere = read_options(config, options)
-    refuse_unsupported(config, model_chunks, dump_param_to_param_group_map)
+    everywhere = megatron_options.read_options(config, options)
+    megatron_options.refuse_unsupported(config, model_chunks, dump_param_to_param_group_map)
     pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "expt_tp"])
     sizes = TensorParallel(dist.get_world_size(pgs.tp), dist.get_world_size(pgs.expt_tp))
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
     groups, world = _get_param_groups(model_chunks, config, config_overrides), Collectives(None)
-    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn, chosen_algorithms(groups))
+    chosen = megatron_options.chosen_algorithms(groups)
+    members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn, chosen)
     check_overrides(overrides or {}, members, world)
-    param_groups = everywhere.complete(split_groups(groups, members, config))
+    param_groups = everywhere.complete(megatron_options.split_groups(groups, members, config))
     lines = [f"options {(everywhere, config.bf16, config.fp16, config.clip_grad)}"]
     lines += [f"group {number} {describe_group(group)}" for number, group in enumerate(param_groups)]
     check_same_everywhere(world, lines)
@@ -111,6 +105,7 @@ def get_distributed_muon_optimizer(
         raise ValueError("no parameter of any rank goes to Muon: check requires_grad and overrides")
     stats = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, model_chunks, False)
     optimizer = MegatronMuon(config, model_chunks, members, param_groups, domains)
+    optimizer.take_over = take_over
     optimizer.grad_stats_parallel_group = stats["intra_dist_opt_group"]
     return ChainedOptimizer([optimizer])
 
@@ -123,7 +118,10 @@ class MegatronMuon(MegatronOptimizer):
         members: every trainable parameter of this rank, with its matrices.
         owned: the parameters of which this rank owns something, with their masters and state.
         model_chunks, ddp_config: Megatron's. steps: steps taken, skipped ones excluded.
+        take_over: the foreign checkpoint that the next load reads, or None.
     """
+
+    take_over: str | None = None
 
     def __init__(
         self,
@@ -281,7 +279,7 @@ class MegatronMuon(MegatronOptimizer):
         """
         self._check_present()
         place = (dist.get_rank(), dist.get_world_size())
-        return {**self._common_state(), "place": place, "state": export_own(self.owned)}
+        return {**self._common_state(), "place": place, "state": checkpoint.export_own(self.owned)}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -293,13 +291,18 @@ class MegatronMuon(MegatronOptimizer):
             ValueError: the state has no tensors, or belongs to another rank or to other parameters.
         """
         self._check_present()
+        if self.take_over is not None:
+            said = self.take_state(state_dict["param_state"], state_dict)
+            if dist.get_rank() == 0:
+                print(said, flush=True)
+            return
         if "param_state" in state_dict:
-            import_shards(self.owned, state_dict["param_state"], state_dict["step"])
+            checkpoint.import_shards(self.owned, state_dict["param_state"], state_dict["step"])
         elif "state" in state_dict and "place" in state_dict:
-            import_own(self.owned, state_dict, (dist.get_rank(), dist.get_world_size()))
+            checkpoint.import_own(self.owned, state_dict, (dist.get_rank(), dist.get_world_size()))
         elif self.owned:
             raise ValueError("the state dict has no tensors of distributed_muon: save with --ckpt-format torch_dist")
-        said = import_groups(self.param_groups, state_dict["param_groups"])
+        said = checkpoint.import_groups(self.param_groups, state_dict["param_groups"])
         if dist.get_rank() == 0 and said:
             print("\n".join(said), flush=True)
         if self.grad_scaler is not None and "grad_scaler" in state_dict:
@@ -307,6 +310,15 @@ class MegatronMuon(MegatronOptimizer):
         self.steps = state_dict["step"]
         for domain in self.domains:
             domain.publish()
+
+    @torch.no_grad()
+    def take_state(self, tensors: Mapping[str, Any], common: Any) -> str:
+        """Import what `take_over` had; what was kept, in a line."""
+        self.steps, told = checkpoint.import_foreign(self.owned, tensors, common)
+        for domain in self.domains:
+            domain.publish()
+        path, self.take_over = self.take_over, None
+        return f"kept from {path}: {told}"
 
     def sharded_state_dict(
         self, model_sharded_state_dict: Mapping[str, Any], is_loading: bool = False, metadata: Any = None, **_: Any
@@ -326,7 +338,9 @@ class MegatronMuon(MegatronOptimizer):
             raise ValueError("the optimizer has no fsdp_dtensor checkpoint: use --ckpt-format torch_dist")
         tensors = {}
         for domain in self.domains:
-            tensors |= export_shards(domain, model_sharded_state_dict, is_loading)
+            tensors |= checkpoint.export_shards(domain, model_sharded_state_dict, is_loading)
+        if is_loading and self.take_over is not None:
+            return {"param_state": checkpoint.foreign_request(self.take_over, tensors)}
         return {**self._common_state(), "param_state": tensors}
 
     def save_parameter_state(self, filename: str) -> None:

@@ -41,7 +41,7 @@ def saved_state(parameter: OwnedParameter) -> dict[str, Tensor]:
 
 
 def export_shards(
-    domain: Domain, model_sharded_state_dict: Mapping[str, Any], is_loading: bool, prefix: str = _PREFIX
+    domain: Domain, model_sharded_state_dict: Mapping[str, Any], is_loading: bool
 ) -> dict[str, dict[str, Sharded]]:
     """{parameter name: {state: sharded tensor}} of what this rank writes, or asks for.
 
@@ -70,7 +70,7 @@ def export_shards(
         copy = 0 if owners[parameter.tensor] == data_rank else 1 + data_rank
         tensors[parameter.name] = {
             key: _like(
-                like, f"{prefix}.{key}", whole[key][parameter.tensor] if whole else _empty(parameter.param), copy
+                like, f"{_PREFIX}.{key}", whole[key][parameter.tensor] if whole else _empty(parameter.param), copy
             )
             for key in saved_state(parameter)
         }
@@ -166,31 +166,58 @@ def load_megatron_checkpoint(path: str, optimizer: Any, model_sharded_state_dict
         ValueError: the checkpoint holds no state of this rank's parameters in a known form.
     """
     child = optimizer.chained_optimizers[0]
+    child.take_over = path
+    request = child.sharded_state_dict(model_sharded_state_dict, is_loading=True)
+    loaded = dist_checkpointing.load({"param_state": request["param_state"]}, path, validate_access_integrity=False)
+    return child.take_state(loaded["param_state"], dist_checkpointing.load_common_state_dict(path))
+
+
+def is_foreign(path: str) -> bool:
+    """Whether a torch_dist checkpoint has an optimizer's state, but not ours."""
+    keys = dist_checkpointing.load_tensors_metadata(path)
+    ours = any(key.startswith(f"{_PREFIX}.") for key in keys)
+    return not ours and any("optimizer." in key for key in keys)
+
+
+def foreign_request(path: str, request: Mapping[str, Mapping[str, Sharded]]) -> dict[str, dict[str, Sharded]]:
+    """What of a request the checkpoint of another optimizer has, under its keys; collective over the world.
+
+    Raises:
+        ValueError: the checkpoint is our own, or holds no state per parameter.
+    """
     saved = set(dist_checkpointing.load_tensors_metadata(path))
-    request: dict[str, dict[str, Sharded]] = {}
-    for domain in child.domains:
-        for name, state in export_shards(domain, model_sharded_state_dict, True, prefix="optimizer.state").items():
-            found = {key: _in_checkpoint(sharded, saved) for key, sharded in state.items()}
-            request[name] = {key: sharded for key, sharded in found.items() if sharded is not None}
-    kept = Counter(key for state in request.values() for key in state)
-    if not any(Collectives(None).gather_objects(sum(kept.values()))):
+    if any(key.startswith(f"{_PREFIX}.") for key in saved):
+        raise ValueError(f"{path} is a checkpoint of distributed_muon: load it as it is, without take_over")
+    found = {
+        name: {key: at for key, sharded in state.items() if (at := _in_checkpoint(sharded, saved)) is not None}
+        for name, state in request.items()
+    }
+    if not any(Collectives(None).gather_objects(any(found.values()))):
         raise ValueError(f"{path} holds no optimizer state per parameter: save it with a fully reshardable format")
-    loaded = dist_checkpointing.load(request, path, validate_access_integrity=False)
-    step = _find_step(dist_checkpointing.load_common_state_dict(path))
-    with torch.no_grad():
-        import_shards(child.owned, loaded, step, partial=True)
-        for domain in child.domains:
-            domain.publish()
-    child.steps = step
-    wanted = Counter(key for parameter in child.owned for key in saved_state(parameter))
+    return found
+
+
+def import_foreign(owned: Sequence[OwnedParameter], loaded: Mapping[str, Any], common: Any) -> tuple[int, str]:
+    """Copy what another optimizer's checkpoint had; the step, and a line that says what was kept.
+
+    Args:
+        loaded: by parameter, of a `foreign_request`. common: what the checkpoint holds beside tensors.
+    """
+    step = _find_step(common)
+    import_shards(owned, loaded, step, partial=True)
+    kept = Counter(key for parameter in owned for key in loaded.get(parameter.name, ()))
+    wanted = Counter(key for parameter in owned for key in saved_state(parameter))
     told = ", ".join(f"{key} of {kept[key]}/{count}" for key, count in sorted(wanted.items()))
-    return f"kept from {path}: {told} parameters; what was missing starts at zero (masters: at the parameters)"
+    return step, (
+        f"{told} parameters; what was missing starts at zero (masters: at the parameters); options are this run's"
+    )
 
 
 def _in_checkpoint(sharded: Sharded, saved: set[str]) -> Sharded | None:
     """The request under the key that the checkpoint has for it: chained optimizers and masters have several."""
+    theirs = f"optimizer.state.{sharded.key.removeprefix(_PREFIX + '.')}"
     for head in ("", *(f"chained_{index}." for index in range(4))):
-        for key in (sharded.key, sharded.key.replace(f".{MASTER}.", ".param.")):
+        for key in (theirs, theirs.replace(f".{MASTER}.", ".param.")):
             candidate = replace(sharded, key=head + key)
             if all(tensor.key in saved for tensor in _built(candidate)):
                 return candidate

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from megatron.core.optimizer import OptimizerConfig
 from torch import nn
 
+from distributed_muon.engine.coefficients import COEFFICIENTS
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import Options
 from distributed_muon.integrations.megatron_params import MarkedParameter
@@ -53,7 +56,7 @@ def refuse_unsupported(config: OptimizerConfig, model_chunks: Sequence[nn.Module
 
 
 def read_options(config: OptimizerConfig, given: Mapping[str, Any]) -> Options:
-    """Every option: those that Megatron's config has, and the keywords."""
+    """Every option: those that Megatron's config has, and the keywords, which win over Muon's of the config."""
     of_config = {
         "lr": config.lr,
         "weight_decay": config.weight_decay,
@@ -63,7 +66,62 @@ def read_options(config: OptimizerConfig, given: Mapping[str, Any]) -> Options:
     for name in of_config:
         if name in given:
             raise ValueError(f"{name} is given twice: leave it to the OptimizerConfig")
-    return Options.of({**of_config, **given})
+    fields = {field.name: field.default for field in dataclasses.fields(config)}
+    said = [name for name, usual in fields.items() if name.startswith("muon_") and getattr(config, name) != usual]
+    return Options.of({**of_config, **muon_options(config, said), **given})
+
+
+# Megatron's flag (without "muon_"): its values as ours, each a dict of options; other values are refused by name.
+_FLAGS: dict[str, Mapping[Any, dict[str, Any]]] = {
+    "nesterov": {True: {"nesterov": True}, False: {"nesterov": False}},
+    "coefficient_type": {
+        "simple": {"ns_coefficients": "quintic"},
+        "quintic": {"ns_coefficients": COEFFICIENTS["you"] * 20},  # begins anew after its five steps
+        "deepseekv4": {"ns_coefficients": "deepseek_v4"},
+    },
+    "fp32_matmul_prec": {"medium": {"ns_dtype": torch.bfloat16}, "highest": {"ns_dtype": torch.float32}},
+    "scalar_optimizer": {"adam": {}},
+    "split_qkv": {True: {}},
+    "tp_mode": {"duplicated": {}, "distributed": {}},
+    "scale_mode": {
+        "spectral": {"adjust_lr_fn": "spectral"},
+        "shape_scaling": {"adjust_lr_fn": "original"},
+        "unit_rms_norm": {"adjust_lr_fn": "unit_rms_norm"},
+    },
+}
+_ADVICE = {
+    "coefficient_type": "ns_coefficients takes any table",
+    "split_qkv": "give overrides={'*linear_qkv.weight': Whole()}",
+    "tp_mode": "whole matrices are orthogonalized, as with 'duplicated', whatever TP is",
+}
+
+
+def muon_options(config: Any, said: Collection[str]) -> dict[str, Any]:
+    """Options that Megatron's own Muon has, where they mean the same.
+
+    Args:
+        config: an OptimizerConfig, or Megatron-LM's arguments. said: the names of its muon_ fields that the user set.
+
+    Raises:
+        ValueError: a value that means something else here, by name, with the way out.
+    """
+    options: dict[str, Any] = {}
+    if "muon_momentum" in said:
+        options["momentum"] = config.muon_momentum
+    if "muon_num_ns_steps" in said:
+        options["ns_steps"] = config.muon_num_ns_steps
+    if "muon_extra_scale_factor" in said or "muon_scale_mode" in said:  # both, since each has the other's default
+        options |= {"update_scale": config.muon_extra_scale_factor}
+        said = {*said, "muon_scale_mode"}
+    for name, known in _FLAGS.items():
+        field = next((f for f in (f"muon_{name}", f"muon_use_{name}") if f in said), None)
+        if field is not None:
+            value = getattr(config, field)
+            if value not in known:
+                advice = _ADVICE.get(name, f"use {' or '.join(map(repr, known))}")
+                raise ValueError(f"{field}={value!r} is not supported with distributed_muon: {advice}")
+            options |= known[value]
+    return options
 
 
 def chosen_algorithms(groups: Sequence[Mapping[str, Any]]) -> dict[nn.Parameter, str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.layout.matrices import QKV, Experts, MatrixRule, Split, TensorSpec, Whole
 
-Override = str | MatrixRule  # "muon", "adamw", or a rule of distributed_muon.layout.matrices
+Override = str | MatrixRule  # "muon", "per_head", "adamw", or a rule of distributed_muon.layout.matrices
 
 
 class TensorParallel(NamedTuple):
@@ -58,6 +58,7 @@ class Declared(NamedTuple):
         stride: interleaved parts per TP rank.
         view: shape to see the flat elements in, where it is not the parameter's own.
         transposed: stored (in, out).
+        per_head: makes the rule by which every attention head has matrices of its own.
     """
 
     rule: MatrixRule | Callable[[int], MatrixRule]
@@ -65,6 +66,7 @@ class Declared(NamedTuple):
     stride: int = 1
     view: tuple[int, ...] | None = None
     transposed: bool = False
+    per_head: Callable[[], MatrixRule] | None = None
 
 
 def read_parameters(
@@ -79,7 +81,7 @@ def read_parameters(
     Args:
         model_chunks: DDP-wrapped model chunks of this rank.
         tensor_parallel: sizes of the TP groups.
-        overrides: fnmatch pattern of (global) names -> "muon", "adamw" or a rule; the last match counts.
+        overrides: fnmatch pattern of (global) names -> "muon", "per_head", "adamw" or a rule; the last match counts.
         adjust_lr_fn: the scale rule, to refuse matrices it cannot be applied to.
         chosen: "muon" or "adamw" by parameter, where `config_overrides` says it; `overrides` win.
 
@@ -99,9 +101,10 @@ def read_parameters(
                 asked = {name: chosen[param]} if chosen and param in chosen else {}
                 asked |= {pattern: rule for pattern, rule in overrides.items() if fnmatchcase(name, pattern)}
                 found[param] = _read(name, param, module, declared.get(param), tensor_parallel, asked)
-                if adjust_lr_fn == "original" and param in declared and declared[param].transposed:
+                by_side = adjust_lr_fn in ("original", "unit_rms_norm")
+                if by_side and param in declared and declared[param].transposed:
                     raise ValueError(
-                        f"parameter {name!r} stores its matrices transposed, so adjust_lr_fn='original' would see "
+                        f"parameter {name!r} is stored transposed, so adjust_lr_fn={adjust_lr_fn!r} would see "
                         "rows as columns: use adjust_lr_fn='match_rms_adamw' or TEGroupedMLP/SequentialMLP"
                     )
     return list(found.values())
@@ -109,12 +112,13 @@ def read_parameters(
 
 def check_overrides(overrides: Mapping[str, Override], members: Sequence[MarkedParameter], world: Collectives) -> None:
     """Raise a ValueError on every rank for a pattern that matches no parameter of any; collective over `world`."""
-    mine = [any(fnmatchcase(member.name, pattern) for member in members) for pattern in overrides]
-    for pattern, *found in zip(overrides, *world.gather_objects(mine), strict=True):
-        if not any(found):
+    mine = {pattern: any(fnmatchcase(member.name, pattern) for member in members) for pattern in overrides}
+    everyone = world.gather_objects(mine)
+    for pattern in dict.fromkeys(pattern for found in everyone for pattern in found):
+        if not any(found.get(pattern) for found in everyone):
             raise ValueError(
                 f"overrides pattern {pattern!r} matches no parameter: names are those of the whole model, such as "
-                f"{members[len(members) // 2].name!r}"
+                "'decoder.layers.0.mlp.linear_fc1.weight'; explain() prints them"
             )
 
 
@@ -191,11 +195,6 @@ def _read(
     tp = {"tp_dim": marked_dim, "tp_size": size, "tp_stride": stride} if cut else {}
     if callable(rule):
         rule = rule((shape[0] if len(shape) == 2 else shape[-1]) * (size if cut else 1))
-    if isinstance(rule, QKV) and cut and rule.groups % size:
-        raise ValueError(
-            f"parameter {name!r}: {rule.groups} query groups cannot be divided by tensor-parallel size {size}; use a "
-            f"size that divides them, or overrides={{{name!r}: 'adamw'}}"
-        )
     spec = TensorSpec(name, shape, rule, **tp)
     spec.matrices()
     return MarkedParameter(name, param, spec, expert, not cut, reason)
@@ -212,10 +211,16 @@ def _decide(
             return None, plain, f"override {pattern!r}"
         if value == "muon":
             return plain.rule, plain, f"override {pattern!r}"
+        if value == "per_head":
+            if plain.per_head is None:
+                raise ValueError(f"overrides[{pattern!r}] is 'per_head', but parameter {name!r} has no attention heads")
+            return plain.per_head(), plain, f"override {pattern!r}"
         if isinstance(value, MatrixRule):
             stride = getattr(param, "partition_stride", 1)
             return value, plain._replace(rule=value, stride=stride), f"override {pattern!r}"
-        raise ValueError(f"overrides[{pattern!r}] is {value!r}: use 'muon', 'adamw' or a rule such as QKV(...)")
+        raise ValueError(
+            f"overrides[{pattern!r}] is {value!r}: use 'muon', 'per_head', 'adamw' or a rule such as QKV(...)"
+        )
     if getattr(param, "use_muon", None) is False:
         return None, plain, "use_muon is False"
     if param.ndim < 2 or param.numel() == max(param.shape):
@@ -247,7 +252,6 @@ def _declarations(chunk: nn.Module) -> dict[nn.Parameter, Declared]:
 
 
 _WHOLE = Declared(Whole())
-_LATENT = ("linear_q_proj", "linear_q_down_proj", "linear_q_up_proj", "linear_kv_down_proj", "linear_kv_up_proj")
 
 
 def _declared_by(module: nn.Module, name: str) -> Iterator[tuple[str, Declared]]:
@@ -259,14 +263,18 @@ def _declared_by(module: nn.Module, name: str) -> Iterator[tuple[str, Declared]]
     if "SelfAttention" in kinds:
         gate = bool(getattr(config, "attention_output_gate", False))
         sizes = (config.num_attention_heads, config.num_query_groups, config.kv_channels)
-        yield "linear_qkv.weight", Declared(QKV(*sizes, gate=gate))
+        yield "linear_qkv.weight", Declared(QKV(*sizes, gate=gate), per_head=lambda: _qkv_heads(*sizes, gate))
     if "CrossAttention" in kinds:
         yield "linear_q.weight", _WHOLE
     if "MLASelfAttention" in kinds:
-        yield from ((f"{leaf}.weight", _WHOLE) for leaf in _LATENT)
+        yield from (("linear_q_down_proj.weight", _WHOLE), ("linear_kv_down_proj.weight", _WHOLE))
+        query = Declared(Whole(), per_head=lambda: _heads(config, q=config.qk_head_dim + config.qk_pos_emb_head_dim))
+        key_value = Declared(Whole(), per_head=lambda: _heads(config, k=config.qk_head_dim, v=config.v_head_dim))
+        yield from (("linear_q_proj.weight", query), ("linear_q_up_proj.weight", query))
+        yield "linear_kv_up_proj.weight", key_value
         if getattr(module, "linear_qkv_down_proj", None) is not None:
-            key_value = config.kv_lora_rank + config.qk_pos_emb_head_dim
-            rule = Split((config.q_lora_rank, key_value), names=("q", "kv"))
+            latent = config.kv_lora_rank + config.qk_pos_emb_head_dim
+            rule = Split((config.q_lora_rank, latent), names=("q", "kv"))
             yield "linear_qkv_down_proj.weight", Declared(rule)
     if "MLP" in kinds or kinds & {"TEGroupedMLP", "GroupedMLP"}:
         yield from _declared_by_mlp(module, kinds, config, name)
@@ -303,3 +311,19 @@ def _declared_by_mlp(module: nn.Module, kinds: set[str], config: Any, name: str)
 
 def _halves(rows: int) -> Split:
     return Split((rows // 2, rows // 2), names=("gate", "up"))
+
+
+def _qkv_heads(heads: int, groups: int, size: int, gate: bool) -> Split:
+    """Every query (, gate), key and value head of linear_qkv, which stores them group by group."""
+    share, names = heads // groups, []
+    for group in range(groups):
+        for kind in ("q", "gate") if gate else ("q",):
+            names += [f"{kind}{head}" for head in range(group * share, (group + 1) * share)]
+        names += [f"k{group}", f"v{group}"]
+    return Split((size,) * len(names), names=tuple(names))
+
+
+def _heads(config: Any, **sizes: int) -> Split:
+    """Heads stored one after the other, each of parts of these sizes."""
+    names = [f"{part}{head}" for head in range(config.num_attention_heads) for part in sizes]
+    return Split(tuple(sizes.values()) * config.num_attention_heads, names=tuple(names))

@@ -13,7 +13,9 @@ import runpy
 import sys
 import typing
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -142,6 +144,23 @@ class _CausalAttention(torch.nn.Module):
         return out.permute(2, 0, 1, 3).flatten(2)
 
 
+def _patch_for_megatron_lm() -> None:
+    """What Megatron-LM's own training loop asks of CUDA, beside what megatron.core does."""
+    import torch._dynamo
+
+    torch._dynamo.config.disable = True  # it would compile for the device that is not there
+    cuda = torch.cuda
+    cuda.is_available = lambda: True
+    cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda.set_device = cuda.manual_seed_all = cuda.reset_peak_memory_stats = lambda *args, **kwargs: None
+    cuda.memory_allocated = cuda.max_memory_allocated = lambda *args, **kwargs: 0
+    cuda.memory_reserved = cuda.max_memory_reserved = lambda *args, **kwargs: 0
+    cuda.memory_stats = lambda *args, **kwargs: defaultdict(int)
+    cuda.get_device_properties = lambda *args, **kwargs: SimpleNamespace(major=8, minor=0, total_memory=1)
+    for kind in ("Float", "Double", "Int", "Long", "Byte"):
+        setattr(cuda, f"{kind}Tensor", getattr(torch, f"{kind}Tensor"))
+
+
 def install() -> None:
     """Put the shim in place for the rest of this process."""
     warnings.filterwarnings("ignore")
@@ -163,5 +182,7 @@ def install() -> None:
 if __name__ == "__main__":
     install()
     module = sys.argv[1]
+    if module == "launch.pretrain_gpt_muon":  # other programs ask whether there is a GPU, and do without
+        _patch_for_megatron_lm()
     sys.argv = [module, *sys.argv[2:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -148,7 +148,9 @@ class Job:
             tag_params_for_buffer_routing([chunk])
             size = dist.get_world_size(self.ps.get_data_parallel_group(with_context_parallel=True))
             params = list(chunk.parameters())
-            keywords["full_param_layout"] = LayerWise.compute_full_param_layout(params, case.bucket, size, ddp_config)
+            expert = dist.get_world_size(self.ps.get_expert_data_parallel_group())
+            sizes = (params, case.bucket, size, ddp_config, expert)
+            keywords["full_param_layout"] = LayerWise.compute_full_param_layout(*sizes)
         return DistributedDataParallel(self.config, ddp_config, chunk, **keywords)
 
     def forward_backward(self) -> float:

@@ -17,4 +17,7 @@ pip install -c "$here/constraints.txt" numpy packaging psutil absl-py typing_ext
     pytest pytest-timeout tokenizers safetensors rich tensorboard PyYAML matplotlib
 pip install --no-deps --ignore-requires-python megatron-core==0.19.2 emerging-optimizers==0.3.0
 pip install --no-deps --no-build-isolation -e "$here"
+# emerging-optimizers imports override from typing, where Python 3.11 does not have it; also in helper processes.
+site=$("$venv/bin/python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")
+echo "import typing, typing_extensions; typing.override = typing_extensions.override" > "$site/typing_override.pth"
 "$venv/bin/python" -c "from importlib.metadata import version; print('megatron-core', version('megatron-core'))"

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from perf.megatron_step import directions
+from perf.megatron_step import base_case, directions
 from tests.integrations import megatron_cpu
 from tests.integrations.megatron_job import LR, Case, Job
 from tests.spawn import run_ranks
@@ -25,10 +25,12 @@ STEPS = 5
 TOLERANCE = 1e-6
 DENSE, MOE = Case(), Case(moe=True)
 TIED, GATED, MLA, WIDE = Case(tied=True), Case(gate=True), Case(mla=True), Case(model={"num_query_groups": 4})
+# One query group, fewer than TP ranks, and every head a matrix of its own.
+HEADS = Case(model={"num_query_groups": 1}, optimizer={"overrides": {"*linear_qkv.weight": "per_head"}})
 SMALL = 3000  # elements: less than a matrix, so that every bucket holds few and shards straddle
 BF16 = Case(moe=True, dtype=torch.bfloat16)
 # Matrices: per layer q, k, v (, gate), proj, gate, up, down; experts 3 each, shared experts 3, router 1.
-MATRICES = {"dense": 28, "moe": 80, "gated": 32, "mla": 36}
+MATRICES = {"dense": 28, "moe": 80, "gated": 32, "mla": 36, "heads": 40}
 
 ON_TWO = {
     "DP2": DENSE,
@@ -37,6 +39,7 @@ ON_TWO = {
     "TP2 gather": DENSE.but(tp=2, optimizer={"strategy": "gather"}),
     "TP2 wide": WIDE.but(tp=2),
     "TP2 gated": GATED.but(tp=2),
+    "TP2 heads": HEADS.but(tp=2),
     "PP2 tied": TIED.but(pp=2),
     "PP2 virtual": DENSE.but(pp=2, vpp=2, overlap=True),
     "EP2": MOE.but(ep=2),
@@ -86,6 +89,7 @@ def run_one(rank: int, world: int) -> dict[str, Any]:
     """One rank: the references, and a check of the dense one against torch.optim.Muon."""
     megatron_cpu.install()
     cases = {"dense": DENSE, "moe": MOE, "tied": TIED, "gated": GATED, "mla": MLA, "wide": WIDE}
+    cases["heads"] = HEADS
     results = {name: train(case) for name, case in cases.items()}
     results["mla gradients"] = step_on_gradients(MLA)
     results["bf16"] = step_on_gradients(BF16)
@@ -113,7 +117,7 @@ def run_two(rank: int, world: int) -> dict[str, Any]:
     results["disagreement"] = disagreement(rank)
     results["outside writes"] = outside_writes()
     if new_megatron() and importlib.util.find_spec("emerging_optimizers"):
-        results["cosine"] = directions(tp=2)
+        results["cosine"] = directions(base_case(tp=2, ep=1))
     results["refusals"] = {option: refusal(option) for option in REFUSED}
     return results
 
@@ -419,7 +423,14 @@ def four() -> list[dict[str, Any]]:
 
 
 def reference_of(case: Case) -> str:
-    names = {"moe": case.moe, "gated": case.gate, "mla": case.mla, "tied": case.tied, "wide": bool(case.model)}
+    names = {
+        "heads": case.model == HEADS.model,
+        "moe": case.moe,
+        "gated": case.gate,
+        "mla": case.mla,
+        "tied": case.tied,
+        "wide": bool(case.model),
+    }
     return next((name for name, chosen in names.items() if chosen), "dense")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
 from pathlib import Path
@@ -163,6 +165,19 @@ def take_over(name: str, folder: Path) -> dict[str, Any]:
     ours.chunks[0].module.load_state_dict(loaded["model"])
     said = load_megatron_checkpoint(str(folder / name), ours.optimizer, sharded_model(ours))
     got = plain(ours)
+    as_usual = Job(case.but(tp=2, optimizer={"take_over": str(folder / name)}))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        load(as_usual, folder / name)
+    usual = plain(as_usual)
+    same = all(np.array_equal(got[key][n], usual[key][n]) for key in STATES for n in got[key])
+    save(as_usual, folder / f"{name} of ours")
+    again = Job(case.but(tp=2, optimizer={"take_over": str(folder / f"{name} of ours")}))
+    try:
+        load(again, folder / f"{name} of ours")
+        refused = "accepted"
+    except ValueError as error:
+        refused = str(error)
     kept = {
         key: [n for n, value in values.items() if np.array_equal(value, got[key][n])]
         for key, values in expected.items()
@@ -177,6 +192,9 @@ def take_over(name: str, folder: Path) -> dict[str, Any]:
         "trains": ok,
         "momentum is zero": zero,
         "step": ours.muon.steps,
+        "same in the usual path": same and as_usual.muon.steps == ours.muon.steps - 1,
+        "printed": printed.getvalue(),
+        "ours": refused,
     }
 
 
@@ -226,6 +244,14 @@ def test_adamw_checkpoint_keeps_masters_and_starts_momentum_at_zero(taken_over: 
     assert len(hidden) == 16  # 4 layers of qkv, proj, fc1, fc2: Muon's now
     assert result["momentum is zero"] and result["trains"] and result["step"] == 3
     assert "momentum_buffer of 0/" in result["said"]
+
+
+def test_usual_load_path_takes_a_foreign_checkpoint_over(taken_over: dict[str, Any]) -> None:
+    for name in {"adamw", "muon"} & set(taken_over):
+        result = taken_over[name]
+        assert result["same in the usual path"]
+        assert result["printed"].strip() == result["said"]
+        assert "is a checkpoint of distributed_muon: load it as it is" in result["ours"]
 
 
 def test_megatrons_muon_checkpoint_keeps_momentum(taken_over: dict[str, Any]) -> None:

@@ -1,7 +1,8 @@
-"""What Megatron's modules and marks declare; on modules with the same class names, so megatron-core is not needed."""
+"""What Megatron's modules, marks and flags declare; the modules here have the same class names."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,7 +50,8 @@ class CrossAttention(Attention):
 class MLASelfAttention(Attention):
     def __init__(self, fused: bool = False) -> None:
         super().__init__()
-        self.config = SimpleNamespace(q_lora_rank=6, kv_lora_rank=5, qk_pos_emb_head_dim=2)
+        sizes = {"num_attention_heads": 4, "qk_head_dim": 4, "v_head_dim": 1}
+        self.config = SimpleNamespace(q_lora_rank=6, kv_lora_rank=5, qk_pos_emb_head_dim=2, **sizes)
         if fused:
             self.linear_qkv_down_proj = Linear(13, H)
         else:
@@ -151,8 +153,35 @@ def test_tensor_parallelism_cuts_linear_qkv_by_group() -> None:
         (2, 12, 0, 4, 0, 4, H),
     ]
     assert shapes(found["linear_proj.weight"]) == [(H, 16)]
-    with pytest.raises(ValueError, match=r"linear_qkv\.weight.*2 query groups cannot be divided by .* 4"):
-        read(SelfAttention(8), tp=4)
+
+
+def test_more_tensor_parallel_ranks_than_query_groups() -> None:
+    found = read(SelfAttention(8), tp=4)["linear_qkv.weight"]
+    assert shapes(found) == [(16, H), (8, H), (8, H)]
+    # Rank 0 holds the first group's queries, rank 1 its key and value.
+    assert blocks(found, 0) == [(0, 0, 0, 0, 0, 8, H)]
+    assert blocks(found, 1) == [(1, 0, 0, 0, 0, 4, H), (2, 4, 0, 0, 0, 4, H)]
+
+
+def test_every_head_is_a_matrix_where_asked() -> None:
+    found = read(SelfAttention(16), tp=2, **{"*linear_qkv*": "per_head"})["linear_qkv.weight"]
+    names = [matrix.name.partition("[")[2] for matrix in found.spec.matrices()]
+    assert names == ["q0]", "q1]", "k0]", "v0]", "q2]", "q3]", "k1]", "v1]"]
+    assert shapes(found) == [(4, H)] * 8
+    gated = read(SelfAttention(48, attention_output_gate=True), **{"*linear_qkv*": "per_head"})["linear_qkv.weight"]
+    assert [m.name.partition("[")[2] for m in gated.spec.matrices()][:6] == [
+        "q0]",
+        "q1]",
+        "gate0]",
+        "gate1]",
+        "k0]",
+        "v0]",
+    ]
+    latent = read(MLASelfAttention(), tp=2, **{"*_up_proj*": "per_head"})
+    assert shapes(latent["linear_q_up_proj.weight"]) == [(6, 6)] * 4
+    assert shapes(latent["linear_kv_up_proj.weight"]) == [(4, 5), (1, 5)] * 4
+    with pytest.raises(ValueError, match=r"'per_head', but parameter 'linear_proj\.weight' has no attention heads"):
+        read(SelfAttention(32), **{"*linear_proj*": "per_head"})
 
 
 def test_gated_fc1_is_de_strided() -> None:
@@ -200,7 +229,7 @@ def test_grouped_experts_are_apart() -> None:
         assert shapes(found["weight2"]) == [(12, H)] * 2
     # Rank 1, second expert: its half of the gate begins at column 6 of matrix 2, of the up at column 6 of 3.
     assert blocks(found["weight1"], 1)[-2:] == [(2, 16, 0, 0, 6, H, 6), (3, 16, 6, 0, 6, H, 6)]
-    with pytest.raises(ValueError, match="'weight1' stores its matrices transposed"):
+    with pytest.raises(ValueError, match="'weight1' is stored transposed"):
         read_parameters([GroupedMLP()], TensorParallel(1, 1), {}, "original")
 
 
@@ -267,3 +296,40 @@ def test_names_of_several_chunks_and_shared_parameters() -> None:
     assert [member.name for member in found] == ["linear_fc1.weight", "linear_fc2.weight"]
     names = [member.name for member in read_parameters([chunk, other], TensorParallel(1, 1), {})]
     assert names == ["linear_fc1.weight", "linear_fc2.weight", "model1.linear_fc1.weight", "model1.linear_fc2.weight"]
+
+
+def test_flags_of_megatrons_muon_mean_the_same_or_are_refused() -> None:
+    from distributed_muon.integrations.megatron_options import muon_options
+
+    def read(**said: Any) -> dict[str, Any]:
+        usual = {"muon_scale_mode": "spectral", "muon_extra_scale_factor": 1.0}
+        return muon_options(SimpleNamespace(**{**usual, **said}), said)
+
+    assert read() == {}
+    assert read(muon_momentum=0.9, muon_num_ns_steps=7) == {"momentum": 0.9, "ns_steps": 7}
+    assert read(muon_nesterov=True) == read(muon_use_nesterov=True) == {"nesterov": True}
+    assert read(muon_extra_scale_factor=0.2) == {"update_scale": 0.2, "adjust_lr_fn": "spectral"}
+    assert read(muon_scale_mode="shape_scaling") == {"update_scale": 1.0, "adjust_lr_fn": "original"}
+    assert read(muon_scale_mode="unit_rms_norm") == {"update_scale": 1.0, "adjust_lr_fn": "unit_rms_norm"}
+    assert read(muon_coefficient_type="simple") == {"ns_coefficients": "quintic"}
+    assert read(muon_fp32_matmul_prec="highest") == {"ns_dtype": torch.float32}
+    assert read(muon_tp_mode="duplicated", muon_scalar_optimizer="adam", muon_split_qkv=True) == {}
+    table = read(muon_coefficient_type="quintic")["ns_coefficients"]
+    assert table[0] == table[5] == (4.0848, -6.8946, 2.9270)
+    for name, value, advice in (
+        ("muon_tp_mode", "blockwise", "whole matrices"),
+        ("muon_scalar_optimizer", "lion", "use 'adam'"),
+        ("muon_split_qkv", False, "overrides="),
+        ("muon_coefficient_type", "aol", "ns_coefficients"),
+        ("muon_fp32_matmul_prec", "high", "use 'medium' or 'highest'"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}={value!r} is not supported.*{advice}"):
+            read(**{name: value})
+
+
+def test_pretrain_gpt_muon_wants_megatron_lms_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launch.pretrain_gpt_muon import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=r"^pretrain_gpt\.py is not in .*: start in the root folder of Megatron-LM$"):
+        main()

@@ -42,6 +42,7 @@ def run_protocol(rank: int, world: int, folder: str) -> dict[str, Any]:
             "config_overrides": config_overrides(),
             "refusals": {name: refusal(case) for name, case in REFUSED.items()},
             "calls": calls(),
+            "scales": {name: scaled(config) for name, config in SCALES.items()},
             "zeros": {choice: without_gradients(choice) for choice in ("update", "skip")},
         }
 
@@ -50,7 +51,7 @@ def run_protocol(rank: int, world: int, folder: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(run_protocol, 2, str(tmp_path_factory.mktemp("protocol")), timeout=400)
+    return run_ranks(run_protocol, 2, str(tmp_path_factory.mktemp("protocol")), timeout=170)
 
 
 # ---- what the ranks run ------------------------------------------------------------------------------------
@@ -245,6 +246,30 @@ def config_overrides() -> dict[str, Any]:
     }
 
 
+SCALES: dict[str, dict[str, Any]] = {
+    "usual": {},
+    "spectral": {"muon_extra_scale_factor": 0.2},
+    "half": {"muon_extra_scale_factor": 0.1},
+    "unit": {"muon_scale_mode": "unit_rms_norm"},
+    "momentum": {"muon_momentum": 0.5},
+}
+
+
+def scaled(config: dict[str, Any]) -> dict[str, float]:
+    """How far each kind of hidden weight moves in two steps, without decay, under Muon options of Megatron's config."""
+    job = Job(DENSE.but(config=config))
+    for group in job.optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    before = job.weights()
+    for step in range(2):
+        job.set_gradients(step)
+        job.optimizer.step()
+    after = job.weights()
+    names = {"linear_fc2": "decoder.layers.0.mlp.linear_fc2.weight"}
+    names["linear_proj"] = "decoder.layers.0.self_attention.linear_proj.weight"
+    return {kind: float((after[name] - before[name]).norm()) for kind, name in names.items()}
+
+
 def calls() -> dict[str, Any]:
     job, out = Job(DENSE), {}
     for name, call in {
@@ -385,3 +410,12 @@ def test_zero_gradients_on_all_ranks_are_no_step_where_asked(seen: list[dict[str
     assert update["zero"][0] > 1e-3 and update["vector"][0] > 1e-5
     assert skip["zero"] == [0.0] * 3 and skip["vector"] == [0.0] * 3
     assert skip["last"][0] > 1e-3 and skip["last"] == update["last"]
+
+
+def test_muon_options_of_megatrons_config_are_honoured(seen: list[dict[str, Any]]) -> None:
+    scales = seen[0]["scales"]
+    assert scales["spectral"] == scales["usual"] != scales["momentum"]
+    for kind, (rows, cols) in {"linear_fc2": (32, 64), "linear_proj": (32, 32)}.items():
+        assert scales["half"][kind] == pytest.approx(scales["usual"][kind] / 2, rel=1e-4)
+        ratio = (rows / cols) ** 0.5 / (0.2 * max(rows, cols) ** 0.5)
+        assert scales["unit"][kind] == pytest.approx(scales["usual"][kind] * ratio, rel=1e-4)
