@@ -4,8 +4,8 @@
 #   NNODES=2 HEAD=10.0.0.1 OUT=/shared/benchmark-1 launch/benchmark.sh
 #
 # One job after the other through launch/torchrun_multinode.sh, whose variables hold here too (NNODES, HEAD, PORT, NPROC,
-# JOB_ID, INTERFACE, PREFLIGHT, PREFLIGHT_FLAGS, TORCHRUN): perf.links, perf.step, perf.comm with every bucket size, and short Megatron
-# runs with every split. At the end rank 0, which is on the node of the lowest address, predicts the measured steps from
+# JOB_ID, INTERFACE, PREFLIGHT, PREFLIGHT_FLAGS, TORCHRUN): perf.links, perf.step, perf.comm with every bucket size, and
+# short Megatron runs with every split. At the end rank 0, which is on the node of the lowest address, predicts the measured steps from
 # the links (perf.scale --check) and writes OUT/benchmark.json and OUT/report.html. The first job that fails is named
 # and ends the benchmark on every node.
 #
