@@ -54,7 +54,7 @@ def run_preflight(args: argparse.Namespace) -> dict[str, Any]:
     store, rank, world = next(dist.rendezvous("env://"))
     store.set_timeout(timedelta(seconds=args.seconds))
     own = collect_facts(rank, world, args.config, args.writes)
-    facts = [NodeFacts(**fact) for fact in _exchange(store, "facts", asdict(own), rank, world, args.seconds / 3)]
+    facts = [NodeFacts(**fact) for fact in _exchange(store, "facts", asdict(own), rank, world, args.seconds)]
     problems = find_problems(facts) + _shared_problems(store, args.writes, facts, rank)
     measured = _exchange(store, "links", check_links(facts, rank, store, deadline), rank, world, 25)
     links = {fact.label: by for fact, by in zip(facts, measured, strict=True) if by}
