@@ -98,7 +98,7 @@ ranks() {
     local child
     # shellcheck disable=SC2013
     for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
-        if tr '\0' '\n' 2>/dev/null <"/proc/$child/environ" | grep -q '^TORCHELASTIC_RUN_ID='; then
+        if grep -qz '^TORCHELASTIC_RUN_ID=' "/proc/$child/environ" 2>/dev/null; then
             echo "$child"
         else
             ranks "$child"
