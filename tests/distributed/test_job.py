@@ -25,7 +25,8 @@ from launch.world import World
 from tests.spawn import run_ranks
 from tests.torchrun import CORPUS, ROOT, flags, job, ranks_of, run_to_end
 
-LIMIT = 90  # seconds for one job
+LIMIT = 240  # seconds for one job
+pytestmark = pytest.mark.timeout(300)
 SIZES = {
     "--model": "dense",
     "--num-hidden-layers": 1,
