@@ -72,12 +72,13 @@ class Watchdog:
             self._store.set_timeout(timedelta(seconds=GRACE))
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
+            threading.Thread(target=self._watch_store, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(GRACE)
 
     def _watch(self) -> None:
         interval = min(5.0, self._seconds / 10)
@@ -86,9 +87,18 @@ class Watchdog:
             try:
                 if late or self._store.check(["stuck"]):
                     self._end()
-            except RuntimeError:  # a store that does not answer is no reason to end a job that goes on without it
-                if late:
-                    self._leave(f"the job's store does not answer: rank 0 on {self._hosts[0]} is stopped, or is gone")
+            except RuntimeError:  # `_watch_store` speaks if it stays so; a job goes on without its store
+                continue
+
+    def _watch_store(self) -> None:
+        """Where the process that holds the store is stopped, `_watch` waits for an answer that never comes."""
+        while not self._over.wait(GRACE):
+            if time.monotonic() - self._since > self._seconds + 4 * GRACE:
+                # Without a store ranks cannot agree who speaks; on the node of rank 0 its neighbour can.
+                speak = os.environ.get("LOCAL_RANK", "0") in ("0", "1")
+                self._leave(
+                    f"the job's store does not answer: rank 0 on {self._hosts[0]} is stopped, or is gone", speak
+                )
 
     def _end(self) -> None:
         """Write this rank's state; the first rank here waits for the others' and prints the line."""
