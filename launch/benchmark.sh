@@ -4,8 +4,8 @@
 #   NNODES=2 HEAD=10.0.0.1 OUT=/shared/benchmark-1 launch/benchmark.sh
 #
 # One job after the other through launch/torchrun_multinode.sh, whose variables hold here too (NNODES, HEAD, PORT, NPROC,
-# JOB_ID, INTERFACE, PREFLIGHT, TORCHRUN): perf.links, perf.step, perf.comm with every bucket size, and short Megatron
-# runs with every split. At the end rank 0, which is on the node of the lowest address, predicts the measured steps from
+# JOB_ID, INTERFACE, PREFLIGHT, PREFLIGHT_FLAGS, TORCHRUN): perf.links, perf.step, perf.comm with every bucket size, and
+# short Megatron runs with every split. At the end rank 0, which is on the node of the lowest address, predicts the measured steps from
 # the links (perf.scale --check) and writes OUT/benchmark.json and OUT/report.html. The first job that fails is named
 # and ends the benchmark on every node.
 #
@@ -28,6 +28,8 @@ MEGATRON=${MEGATRON:-launch.pretrain_megatron}
 MEGATRON_FLAGS=${MEGATRON_FLAGS:---steps 12 --warmup 2}
 JOB_ID=${JOB_ID:-${SLURM_JOB_ID:-distributed_muon}}
 export PORT=${PORT:-29400} PREFLIGHT=${PREFLIGHT:-1} RESTARTS=0
+# A slow link is to be measured, not refused.
+export PREFLIGHT_FLAGS=${PREFLIGHT_FLAGS:---least-mbit 0}
 case "${NNODES:-1}" in
 *:*) echo "NNODES=$NNODES is elastic: a benchmark needs a fixed number of nodes" >&2; exit 2 ;;
 esac

@@ -56,15 +56,16 @@ if [ -z "${NPROC:-}" ]; then
 fi
 if [ -z "${HEAD:-}" ]; then
     if [ -n "${SLURM_NODELIST:-}" ]; then
-        HEAD=$(scontrol show hostnames "$SLURM_NODELIST" | head -n 1)
+        HEAD=$(scontrol show hostnames "$SLURM_NODELIST" | sed -n 1p)
     else
         [ "$NNODES" = 1 ] || { echo "error: HEAD is unset: give the address of one node, the same on all" >&2; exit 2; }
         HEAD=127.0.0.1
     fi
 fi
+# Below, the last command of a pipe reads all of it: one that left early would end the others, and this script, by a signal.
 addresses() { getent ahostsv4 "$1" | awk '{print $1}'; }
 # Debian lets a node's own name resolve to 127.0.1.1, where no other node can reach it.
-HEAD_ADDRESS=$(addresses "$HEAD" | grep -v '^127\.' | head -n 1 || true)
+HEAD_ADDRESS=$(addresses "$HEAD" | grep -v '^127\.' | sed -n 1p || true)
 IS_HOST=false
 if [ -z "$HEAD_ADDRESS" ]; then
     [ -n "$(addresses "$HEAD")" ] || { echo "error: HEAD=$HEAD does not resolve: give an address" >&2; exit 2; }
@@ -72,20 +73,20 @@ if [ -z "$HEAD_ADDRESS" ]; then
     if [ "$NNODES" = 1 ]; then
         HEAD_ADDRESS=127.0.0.1
     elif [ "$HEAD" = "$NAME" ] || [ "$HEAD" = "${NAME%%.*}" ] || [ "${HEAD%%.*}" = "$NAME" ]; then
-        HEAD_ADDRESS=$(ip -4 -o addr show scope global | awk '{split($4, p, "/"); print p[1]; exit}')
+        HEAD_ADDRESS=$(ip -4 -o addr show scope global | awk 'NR == 1 {split($4, p, "/"); print p[1]}')
         IS_HOST=true
     fi
     if [ -z "$HEAD_ADDRESS" ]; then
-        echo "error: HEAD=$HEAD is $(addresses "$HEAD" | head -n 1) on node $NAME, where other nodes cannot reach it:" \
+        echo "error: HEAD=$HEAD is $(addresses "$HEAD" | sed -n 1p) on node $NAME, where other nodes cannot reach it:" \
             "give the address, or correct /etc/hosts" >&2
         exit 2
     fi
 fi
 ROUTE=$(ip -4 route get "$HEAD_ADDRESS") || { echo "error: no route to HEAD=$HEAD ($HEAD_ADDRESS)" >&2; exit 2; }
-LOCAL_ADDRESS=$(sed -n 's/.* src \([0-9.]*\).*/\1/p' <<<"$ROUTE" | head -n 1)
+LOCAL_ADDRESS=$(sed -n 's/.* src \([0-9.]*\).*/\1/p' <<<"$ROUTE" | sed -n 1p)
 if [ "$LOCAL_ADDRESS" = "$HEAD_ADDRESS" ]; then IS_HOST=true; fi
 # A route to oneself goes over lo: look the device of the address up instead.
-INTERFACE=${INTERFACE:-$(ip -4 -o addr | awk -v a="$LOCAL_ADDRESS" '{split($4, p, "/"); if (p[1] == a) print $2}' | head -n 1)}
+INTERFACE=${INTERFACE:-$(ip -4 -o addr | awk -v a="$LOCAL_ADDRESS" '{split($4, p, "/"); if (p[1] == a) print $2}' | sed -n 1p)}
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$INTERFACE}
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$INTERFACE}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -97,7 +98,7 @@ ranks() {
     local child
     # shellcheck disable=SC2013
     for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
-        if tr '\0' '\n' 2>/dev/null <"/proc/$child/environ" | grep -q '^TORCHELASTIC_RUN_ID='; then
+        if grep -qz '^TORCHELASTIC_RUN_ID=' "/proc/$child/environ" 2>/dev/null; then
             echo "$child"
         else
             ranks "$child"

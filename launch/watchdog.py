@@ -16,6 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
@@ -68,14 +69,16 @@ class Watchdog:
         if self._seconds and self._world.size > 1 and self._world.store is not None:
             # The main thread may wait inside its own connection to the store.
             self._store = self._world.store.clone()
+            self._store.set_timeout(timedelta(seconds=GRACE))
             self._thread = threading.Thread(target=self._watch, daemon=True)
             self._thread.start()
+            threading.Thread(target=self._watch_store, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._over.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(GRACE)
 
     def _watch(self) -> None:
         interval = min(5.0, self._seconds / 10)
@@ -84,8 +87,18 @@ class Watchdog:
             try:
                 if late or self._store.check(["stuck"]):
                     self._end()
-            except RuntimeError:  # the store has gone with its host: torchrun ends this rank
-                return
+            except RuntimeError:  # `_watch_store` speaks if it stays so; a job goes on without its store
+                continue
+
+    def _watch_store(self) -> None:
+        """Where the process that holds the store is stopped, `_watch` waits for an answer that never comes."""
+        while not self._over.wait(GRACE):
+            if time.monotonic() - self._since > self._seconds + 4 * GRACE:
+                # Without a store ranks cannot agree who speaks; on the node of rank 0 its neighbour can.
+                speak = os.environ.get("LOCAL_RANK", "0") in ("0", "1")
+                self._leave(
+                    f"the job's store does not answer: rank 0 on {self._hosts[0]} is stopped, or is gone", speak
+                )
 
     def _end(self) -> None:
         """Write this rank's state; the first rank here waits for the others' and prints the line."""
@@ -93,7 +106,6 @@ class Watchdog:
         store.set("stuck", "1")
         self._keep_flight_records()
         store.set(f"state/{rank}", json.dumps(asdict(own_state(self._main))))
-        line = ""
         if store.add("stuck_first", 1) == 1:
             until = time.monotonic() + GRACE
             keys = {other: f"state/{other}" for other in range(self._world.size)}
@@ -102,17 +114,19 @@ class Watchdog:
             states = {
                 other: RankState(**json.loads(store.get(key))) for other, key in keys.items() if store.check([key])
             }
-            line = f"error: no progress for {self._seconds:.0f} s in {self._what}: {diagnose(states, self._hosts)}"
-            store.set("diagnosis", line)
+            found = diagnose(states, self._hosts)
+            store.set("diagnosis", found)
+            self._leave(found)
+        until = time.monotonic() + 2 * GRACE
+        while time.monotonic() < until and not store.check(["diagnosis"]):
+            time.sleep(0.1)
+        self._leave(store.get("diagnosis").decode(), speak=False)
+
+    def _leave(self, found: str, speak: bool = True) -> None:
+        line = f"error: no progress for {self._seconds:.0f} s in {self._what}: {found}"
+        if speak:
             print(f"{line} (flight records: {self._folder}; --timeout)", file=sys.stderr, flush=True)
-        else:
-            until = time.monotonic() + 2 * GRACE
-            while time.monotonic() < until and not store.check(["diagnosis"]):
-                time.sleep(0.1)
-            with suppress(RuntimeError):
-                line = store.get("diagnosis").decode()
         tell_torchrun(line)
-        store.add("stuck_told", 1)
         time.sleep(0.5)  # the store's host must not be the first to go
         os._exit(1)
 

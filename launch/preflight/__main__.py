@@ -44,16 +44,17 @@ def run_preflight(args: argparse.Namespace) -> dict[str, Any]:
         args: of `main`.
 
     Returns:
-        The report: "nodes", "links", "groups" and "problems", all but the times of groups the same on every rank.
+        The report: "nodes", "links", "groups" and "problems", the same on every rank, and "seconds" that it took.
 
     Raises:
         PreflightError: on every rank that still can, naming the node.
     """
-    deadline = time.monotonic() + args.seconds
+    begin = time.monotonic()
+    deadline = begin + args.seconds
     store, rank, world = next(dist.rendezvous("env://"))
     store.set_timeout(timedelta(seconds=args.seconds))
     own = collect_facts(rank, world, args.config, args.writes)
-    facts = [NodeFacts(**fact) for fact in _exchange(store, "facts", asdict(own), rank, world, args.seconds / 3)]
+    facts = [NodeFacts(**fact) for fact in _exchange(store, "facts", asdict(own), rank, world, args.seconds)]
     problems = find_problems(facts) + _shared_problems(store, args.writes, facts, rank)
     measured = _exchange(store, "links", check_links(facts, rank, store, deadline), rank, world, 25)
     links = {fact.label: by for fact, by in zip(facts, measured, strict=True) if by}
@@ -61,7 +62,13 @@ def run_preflight(args: argparse.Namespace) -> dict[str, Any]:
     groups: dict[str, dict[str, float]] = {}
     if not any("cannot reach" in problem for problem in problems):
         groups = time_groups(store, rank, facts)
-    return {"nodes": [asdict(fact) for fact in facts], "links": links, "groups": groups, "problems": problems}
+    return {
+        "nodes": [asdict(fact) for fact in facts],
+        "links": links,
+        "groups": groups,
+        "problems": problems,
+        "seconds": time.monotonic() - begin,
+    }
 
 
 def _exchange(store: dist.Store, what: str, own: Any, rank: int, world: int, seconds: float) -> list[Any]:
@@ -121,6 +128,7 @@ def format_report(report: dict[str, Any]) -> str:
     skews = [abs(ahead) for by in report["links"].values() for _, ahead in by.values()]
     if skews:
         lines.append(f"clocks are within {max(skews):.3f} s")
+    lines.append(f"checked in {report['seconds']:.1f} s")
     return "\n".join(lines)
 
 

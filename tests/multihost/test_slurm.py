@@ -18,9 +18,9 @@ from tests.torchrun import run_to_end
 
 pytestmark = [
     pytest.mark.skipif(why_not() is not None, reason=f"no hosts: {why_not()}"),
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(900),
 ]
-SAVE_SECONDS = 35  # more than the 30 that torchrun gives its ranks after TERM
+SAVE_SECONDS = int(os.environ.get("SAVE_SECONDS", "35"))  # more than the 30 that torchrun leaves its ranks after TERM
 STEPS = 60
 
 
@@ -58,7 +58,7 @@ def test_a_job_at_its_time_limit_saves_is_queued_again_and_continues_bit_equal(t
     words = [*SMALL, "--steps", str(STEPS), "--checkpoint-interval", "100000", "--warmup", "2"]
     with make_hosts(2) as hosts:
         job = sbatch(tmp_path, hosts, ["-m", "tests.multihost.slow_save", *words, "--run-dir", "run"])
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 240
         while max(losses(tmp_path / "run"), default=0) < 3:
             assert job.poll() is None and time.monotonic() < deadline, _logs(tmp_path)
             time.sleep(0.1)
@@ -66,6 +66,7 @@ def test_a_job_at_its_time_limit_saves_is_queued_again_and_continues_bit_equal(t
         job.send_signal(signal.SIGUSR1)
         assert job.wait(timeout=SAVE_SECONDS + 60) == 0, _logs(tmp_path)
         assert time.monotonic() - begin >= SAVE_SECONDS
+        print(f"saved and queued again {time.monotonic() - begin:.0f} s after the signal")
         assert (tmp_path / "requeued").read_text() == "7\n"
         assert not list(tmp_path.glob("*.stopped"))
         assert "--cpus-per-task=3" in (tmp_path / "srun_options").read_text()
@@ -73,9 +74,9 @@ def test_a_job_at_its_time_limit_saves_is_queued_again_and_continues_bit_equal(t
         assert "Signal" not in _logs(tmp_path), _logs(tmp_path)
 
         again = sbatch(tmp_path, hosts, ["-m", "tests.multihost.slow_save", *words, "--run-dir", "run"], restarts=1)
-        assert again.wait(timeout=120) == 0, _logs(tmp_path)
+        assert again.wait(timeout=240) == 0, _logs(tmp_path)
         assert (tmp_path / "requeued").read_text() == "7\n"  # it is done
-    run_to_end(["launch.pretrain", *words, "--run-dir", tmp_path / "straight"], limit=120)
+    run_to_end(["launch.pretrain", *words, "--run-dir", tmp_path / "straight"], limit=240)
     stopped = int(checkpoint.name.removeprefix("step-"))
     assert 3 <= stopped < STEPS
     assert losses(tmp_path / "run") == losses(tmp_path / "straight")
