@@ -10,7 +10,9 @@ Per collective, on rank 0, medians over steps:
   exposed    seconds that the training step waited for them, late ranks included (`step_report()`); the JSON has
              beside it the least of all ranks, which is what the ranks that came last waited
   hidden     alone - exposed, where positive: what computation covered
-  bus        bytes measured / seconds alone
+  overlap    hidden / alone
+  algbw      as nccl-tests define it (`perf.bandwidth`): bytes of the whole buffer / seconds alone
+  busbw      likewise: bytes measured / seconds alone
 
 Steps follow each other as in training, so the gathers that a step leaves under way are waited for in the next. A step
 ends when its own computation does; the slowest rank's median counts. For `perf.scale --check`, which predicts these
@@ -42,6 +44,7 @@ from distributed_muon.layout.plan import Plan
 from launch.environment import describe_machine
 from launch.models import MODELS, CausalLM, build_model, cast_parameters
 from launch.world import World, open_world
+from perf.bandwidth import algorithm_rate, overlap
 from perf.links import run_seconds, started_as, timed
 from perf.options import at_least_one, output_file, positive, write_json
 
@@ -301,16 +304,18 @@ def plan_digest(plan: Plan) -> str:
     return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def print_report(name: str, result: dict[str, Any]) -> None:
+def print_report(name: str, result: dict[str, Any], ranks: int) -> None:
     """The table of one optimizer."""
     print(f"\n{name}: {result['step_seconds'] * 1e3:.1f} ms per training step")
     print(f"  {'collective':26s} calls {'predicted':>12s} {'measured':>12s} {'alone':>9s} {'exposed':>9s} "
-          f"{'hidden':>9s}      bus")  # fmt: skip
-    for row in result["collectives"].values():
+          f"{'hidden':>9s} overlap  algbw GB/s  busbw GB/s")  # fmt: skip
+    for label, row in result["collectives"].items():
+        whole = algorithm_rate(label, row["bus_bytes_per_second"], ranks)
         times = " ".join(f"{row[f'{key}_seconds'] * 1e3:6.2f} ms" for key in ("alone", "exposed", "hidden"))
         counts = f"{row['calls']:5d} {row['bytes_predicted']:12,d} {row['bytes_measured']:12,d}"
-        print(f"  {row['name']:26s} {counts} {times} "
-              f"{row['bus_bytes_per_second'] / 1e9:6.3f} GB/s")  # fmt: skip
+        print(f"  {row['name']:26s} {counts} {times} {overlap(row):7.0%} "
+              f"{whole / 1e9 if whole else float('nan'):11.3f} "
+              f"{row['bus_bytes_per_second'] / 1e9:11.3f}")  # fmt: skip
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -349,7 +354,7 @@ def main() -> None:
         print(f"{args.model}, {world.size} ranks, {dist.get_backend()}, layout {args.layout}, bf16 parameters")
         for name, result in results.items():
             result["traffic_over_adamw"] = sum(result["sent_bytes_by_rank"]) / sum(adamw)
-            print_report(name, result)
+            print_report(name, result, world.size)
         print("\ntraffic of all ranks over ZeRO-1 AdamW's: " +
               ", ".join(f"{name} {result['traffic_over_adamw']:.4f}" for name, result in results.items()))  # fmt: skip
         print(f"Chrome trace of a step of {args.strategies[0]}: {args.trace}")

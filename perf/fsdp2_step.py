@@ -15,12 +15,10 @@ them in one parameter (matrices, rows, cols) that is cut along its first dimensi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +34,7 @@ from launch.environment import describe_machine
 from launch.world import World, open_world
 from perf.links import started_as
 from perf.memory import transient_bytes
+from perf.options import at_least_one, output_file, write_json
 from perf.step import LAYER, largest
 from perf.wire import WireCounter
 
@@ -213,11 +212,11 @@ def print_result(rows: list[dict[str, Any]], moved: dict[str, dict[str, int]]) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=at_least_one, default=2, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
+    parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--note", default="", help="written into the result, such as what else ran on the machine")
-    parser.add_argument("--json", type=Path, help="write the result here (rank 0)")
+    parser.add_argument("--json", type=output_file, help="write the result here (rank 0)")
     args = parser.parse_args()
     with open_world(args.device) as world:
         if world.size == 1:
@@ -228,11 +227,10 @@ def main() -> None:
         if not world.main:
             return
         print_result(rows, moved)
-        if args.json:
-            machine = describe_machine(started_as("perf.fsdp2_step"))
-            result = {"machine": machine, "note": args.note, "world": world.size, "layers": args.layers,
-                      "rows": rows, "traffic": moved}  # fmt: skip
-            args.json.write_text(json.dumps(result, indent=1) + "\n")
+        machine = describe_machine(started_as("perf.fsdp2_step"))
+        result = {"machine": machine, "note": args.note, "world": world.size, "layers": args.layers,
+                  "rows": rows, "traffic": moved}  # fmt: skip
+        write_json(args.json, result)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m perf.links [--json FILE]
 
-Bytes are those one rank sends, as `Collectives` counts them, so beta is the bus bandwidth. Seconds are
+Bytes are those one rank sends, as `Collectives` counts them, so beta is the bus bandwidth of nccl-tests. Seconds are
 means: a step adds up many collectives, the few that meet a busy moment among them. The delay
 says what cannot be hidden: by what share of a large message's seconds matmuls take longer while it is under way. Where
 gloo copies with the cores that compute it is about 1; on slow wires, or a GPU's own links, about 0.
@@ -259,7 +259,7 @@ def main() -> None:
             return
         print(f"{result['world']} ranks, {result['backend']}; one rank: bf16 matmul {result['matmul_flops'] / 1e9:.1f} "
               f"GFLOP/s, memory {result['memory_bytes_per_second'] / 1e9:.1f} GB/s")  # fmt: skip
-        print(f"{'collective':16s} {'alpha':>10s} {'bus':>12s} {'delay':>6s}   seconds at bytes sent per rank")
+        print(f"{'collective':16s} {'alpha':>10s} {'busbw':>12s} {'delay':>6s}   seconds at bytes sent per rank")
         for kind, link in result["links"].items():
             points = ", ".join(f"{sent / 1024:.0f} KiB {seconds * 1e3:.2f} ms" for sent, seconds in link["points"])
             alpha, rate = link["alpha_seconds"] * 1e6, link["bytes_per_second"] / 1e9

@@ -207,8 +207,10 @@ def check_files(fitted: dict[str, Any] | None, paths: Sequence[Path], output: Pa
         try:
             measured = json.loads(path.read_text())
             checks.append({"settings": measured["settings"], "rows": check(fitted, measured)})
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: {error}") from None
+        except OSError as error:
+            raise ValueError(f"--check {path} cannot be read: {error.strerror}") from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"--check {path} is no result of this perf.comm ({error})") from None
         print(f"{path.name}, {measured['world']} ranks")
         print_checks(checks[-1]["rows"])
     write_json(

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from distributed_muon.layout.cost_model import ns_flops
 from launch.environment import describe_machine
 from launch.world import World, open_world
+from perf.bandwidth import overlap
 from perf.links import matmul_flops, started_as
 from perf.memory import transient_bytes
 from perf.options import at_least_one, output_file, write_json
@@ -110,7 +111,8 @@ def print_rows(rows: Sequence[dict[str, Any]], floor: float, rate: float) -> Non
     print("and by collective, of one step:")
     for label, counts in rows[0]["communication"].items():
         print(f"  {label:22s} {counts['calls']:3d} calls, {counts['bytes'] / mib:7.2f} MiB, exposed "
-              f"{counts['exposed_seconds']:.3f} s, hidden {counts['hidden_seconds']:.3f} s")  # fmt: skip
+              f"{counts['exposed_seconds']:.3f} s, hidden {counts['hidden_seconds']:.3f} s, overlap "
+              f"{overlap(counts):.0%}")  # fmt: skip
 
 
 def main() -> None:

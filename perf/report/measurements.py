@@ -129,6 +129,14 @@ def _deepspeed(result: Mapping[str, Any]) -> Rows:
         yield from _picked(peer, other, "seconds", "state_bytes")
 
 
+def _fsdp2(result: Mapping[str, Any]) -> Rows:
+    for row in result["rows"]:
+        yield from _picked(row["name"], row, "seconds", "sent_bytes", "state_bytes", "transient_bytes", "collectives")
+    for name, counts in result["traffic"].items():
+        yield Measurement(f"traffic, {name}", "fsdp2/bytes", "B", counts["fsdp2"])
+        yield Measurement(f"traffic, {name}", "exchange/bytes", "B", counts["exchange"])
+
+
 def _megatron(result: Any) -> Rows:
     for one in result if isinstance(result, list) else [result]:
         for name, row in one["contenders"].items():
@@ -174,6 +182,7 @@ _OF: dict[str, Callable[[Any], Rows]] = {
     "benchmark": _benchmark,
     "two_hosts": _benchmark,
     "scale": _scale,
+    "fsdp2_step": _fsdp2,
     "deepspeed_step": _deepspeed,
     "megatron_step": _megatron,
     "links": _links,

@@ -84,6 +84,30 @@ def step_tile(result: dict[str, Any]) -> Tile | None:
     return f"{times:.2f}x", f"faster step than {replicated['name']}, {result['world']} ranks"
 
 
+def fsdp2_section(result: dict[str, Any]) -> Section:
+    """Of `perf.fsdp2_step`."""
+    rows, base = result["rows"], result["rows"][0]["seconds"]
+    cells = [
+        [row["name"], f"{row['seconds']:.3f} s", f"{row['seconds'] / base:.2f}x", str(row["collectives"]),
+         *(f"{row[f'{key}_bytes'] / 2**20:,.1f} MiB" for key in ("sent", "state", "transient")), str(row["ns_calls"])]
+        for row in rows
+    ]  # fmt: skip
+    header = ("optimizer", "step", "of ours", "collectives", "sent", "state", "transient", "NS calls")
+    body = note(
+        f"{result['world']} ranks, from equal sharded gradients; FSDP2 moves parameters in the next forward. Of the "
+        f"rank that has most. {result['note']}"
+    )
+    body += seconds_chart(rows) + table(header, cells, lead=0)
+    moved = [
+        [name, f"{counts['fsdp2'] / 2**20:,.2f} MiB", f"{counts['exchange'] / 2**20:,.2f} MiB",
+         f"{(counts['fsdp2'] + counts['exchange']) / counts['fsdp2']:.3f}x"]
+        for name, counts in result["traffic"].items()
+    ]  # fmt: skip
+    body += note("Bytes of one training step per rank, by how the matrices are cut.")
+    body += table(("what is cut", "FSDP2's own", "our exchange", "together"), moved)
+    return "A step under FSDP2", body + origin(result)
+
+
 def deepspeed_section(result: dict[str, Any]) -> Section:
     """Of `perf.deepspeed_step`."""
     cells, bars = [], []

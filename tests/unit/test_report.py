@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from perf.report.benchmark import check_section, sweep_section
-from perf.report.step import deepspeed_section, megatron_section
+from perf.report.step import deepspeed_section, fsdp2_section, megatron_section
 
 MACHINE = {"gpu": None, "cpu": "a CPU", "cores": 2, "threads_per_rank": 1, "versions": {}, "date": "2026-01-01",
            "command": "a command"}  # fmt: skip
@@ -94,3 +94,13 @@ def test_megatron() -> None:
     body = text_of(megatron_section(result))
     assert "<td>4.00 MB</td><td>3.00 MB</td><td>1.00 MB</td><td>1.00 MB</td><td>3.00x</td>" in body
     assert "less than 1 by 5e-01 at most" in body
+
+
+def test_fsdp2() -> None:
+    row = {"name": "distributed_muon", "seconds": 0.5, "collectives": 4, "sent_bytes": 1 << 20, "state_bytes": 2 << 20,
+           "transient_bytes": 3 << 20, "ns_calls": 6}  # fmt: skip
+    traffic = {"rows": {"fsdp2": 4 << 20, "exchange": 2 << 20, "exchange_predicted": 2 << 20}}
+    rows = [row, {**row, "name": "another", "seconds": 1.0}]
+    body = text_of(fsdp2_section({"machine": MACHINE, "note": "", "world": 2, "rows": rows, "traffic": traffic}))
+    assert "<td>another</td><td>1.000 s</td><td>2.00x</td><td>4</td><td>1.0 MiB</td><td>2.0 MiB</td>" in body
+    assert "<td>rows</td><td>4.00 MiB</td><td>2.00 MiB</td><td>1.500x</td>" in body

@@ -51,6 +51,14 @@ def test_impossible_flags(
     assert message in capsys.readouterr().err + str(ended.value)
 
 
+def test_what_cannot_be_checked_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--check .*none\.json cannot be read: No such file"):
+        scale.check_files({}, [tmp_path / "none.json"], None)
+    (tmp_path / "old.json").write_text('{"world": 2}')
+    with pytest.raises(ValueError, match=r"--check .*old\.json is no result of this perf\.comm \('settings'\)"):
+        scale.check_files({}, [tmp_path / "old.json"], None)
+
+
 def test_a_result_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "made" / "here" / "scale.json"
     words = ["--model", "llama-3-8b", "--ranks", "8", "--json", str(target)]
