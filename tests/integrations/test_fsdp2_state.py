@@ -134,6 +134,7 @@ def ranks_load(rank: int, world: int, path: str) -> None:
         assert torch.equal(optimizer.state[p]["master"].full_tensor(), master)
 
 
+@pytest.mark.timeout(300)  # two worlds, one after the other
 def test_bf16_state_saved_at_2_ranks_loads_at_3(tmp_path: Path) -> None:
     run_ranks(ranks_save, 2, str(tmp_path / "c"), timeout=120)
     run_ranks(ranks_load, 3, str(tmp_path / "c"), timeout=120)
