@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,6 +19,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from distributed_muon import muon_param_groups
+from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from tests.checks import on_ranks
 from tests.integrations.fsdp2_model import EVEN, build, compare, fsdp, mesh_of, tensor_parallel, train, whole_state
 from tests.spawn import run_ranks
@@ -164,3 +167,42 @@ def test_own_state_dict_and_refusals(rank: int, world: int) -> None:
         optimizer.load_state_dict({**saved, "state": plain})
     with pytest.raises(ValueError, match="other parameter groups"):
         optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
+
+
+@on_ranks(2)
+def test_accelerate_shards_after_construction(rank: int, world: int) -> None:
+    """Accelerate with fsdp_version 2: the optimizer is built on the plain model, `prepare` puts the shards into it."""
+    accelerate = pytest.importorskip("accelerate")
+    net = lambda: nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))  # noqa: E731
+    torch.manual_seed(0)
+    model, whole = net(), net()
+    whole.load_state_dict(model.state_dict())
+    accelerator = accelerate.Accelerator(cpu=True)
+    # Accelerate offers FSDP on accelerators only; what `prepare` does is the same.
+    accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
+    )
+    accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+    optimizer = FullyShardedMuon(muon_param_groups(model), lr=0.02, ns_form="standard")
+    model, wrapped = accelerator.prepare(model, optimizer)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == 4, "state is there before the first step"
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    reference = [
+        torch.optim.Muon([whole[0].weight, whole[2].weight], adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW([whole[0].bias, whole[2].bias], betas=(0.9, 0.95), **options),
+    ]
+    for step in range(3):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        accelerator.backward(model(x).square().sum())
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        wrapped.step()
+        wrapped.zero_grad()
+        whole(x).square().sum().backward()
+        nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+        for other in reference:
+            other.step()
+            other.zero_grad()
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, atol=1e-4, rtol=0)
+    assert optimizer.local_report()["ns_calls"] == 1
