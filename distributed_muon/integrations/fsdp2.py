@@ -99,7 +99,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
         self._several = not all(self.collectives.gather_objects(alone))
 
     def _domain(self, members: list[Member], collectives: Collectives) -> Domain:
-        """The engine and shards of the parameters whose meshes have the ranks of `collectives`; collective over them."""
+        """The engine and shards of parameters whose meshes have the ranks of `collectives`; collective over them."""
         order = dist.get_process_group_ranks(collectives.group)
         specs, columns = zip(
             *(read_shards(member.spec, member.param, order, tensor) for tensor, member in enumerate(members)),
