@@ -1,8 +1,7 @@
 """Muon for FSDP2 and DTensor: parameters stay the sharded ones of `fully_shard` and `parallelize_module`.
 
 FSDP2 reduces gradients into the shards and gathers parameters from them. What is left is a layout to read
-(fsdp2_layout.py) and the engine's step on this rank's shards, which are read anew in every step: FSDP2 gives new
-gradients, and a program may move, load or replace parameters.
+(fsdp2_layout.py), this rank's shards to follow from step to step (fsdp2_shards.py), and the engine's step on them.
 """
 
 from __future__ import annotations
@@ -13,16 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import Options, as_groups, check_choice, parameter_names, tensor_spec
 from distributed_muon.engine.report import local_report, step_report
-from distributed_muon.engine.state import Member, OwnedParameter, Part
+from distributed_muon.engine.state import Member, Part
 from distributed_muon.engine.step import ShardedStep
 from distributed_muon.integrations.fsdp2_layout import read_shards
+from distributed_muon.integrations.fsdp2_shards import Domain, LocalShard, flat_shard, pair_up
 from distributed_muon.layout.plan import Plan
 
 
@@ -71,7 +71,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
         # The model's order, where it keeps its parameters, and a weak reference to it.
         self._order, self._places = getattr(params, "order", {}), getattr(params, "places", {})
         self._model = getattr(params, "model", lambda: None)
-        self._domains: list[_Domain] = []
+        self._domains: list[Domain] = []
         self._facts: dict[str, Any] = {}
         super().__init__(self._options.complete(as_groups(params)), {})
         self._sealed = True
@@ -98,8 +98,8 @@ class FullyShardedMuon(torch.optim.Optimizer):
         alone = len(self._domains) == 1 and self._domains[0].engine.collectives.size == self.collectives.size
         self._several = not all(self.collectives.gather_objects(alone))
 
-    def _domain(self, members: list[Member], collectives: Collectives) -> _Domain:
-        """The engine and the shards of parameters whose meshes have the ranks of `collectives`; collective over them."""
+    def _domain(self, members: list[Member], collectives: Collectives) -> Domain:
+        """The engine and shards of parameters whose meshes have the ranks of `collectives`; collective over them."""
         order = dist.get_process_group_ranks(collectives.group)
         specs, columns = zip(
             *(read_shards(member.spec, member.param, order, tensor) for tensor, member in enumerate(members)),
@@ -110,7 +110,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
         with torch.no_grad():
             for member, column in zip(members, columns, strict=True):
                 shard = column[collectives.rank]
-                parts.append(Part.over([shard], [0], _flat(member.param, member.spec.name)) if shard else None)
+                parts.append(Part.over([shard], [0], flat_shard(member.param, member.spec.name)) if shard else None)
         places = [f"{m.spec.name} at {m.param.placements} of {m.param.device_mesh.mesh.tolist()}" for m in members]
         engine = ShardedStep(members, self.param_groups, self._options, collectives, device, also=places)
         # The load that domains before this one put on each of its ranks.
@@ -120,7 +120,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
             [part for part in parts if part is not None],
             busy=collectives.gather_objects(own),
         )
-        return _Domain(engine, [_LocalShard(*pair) for pair in zip(engine.parameters, parts, strict=True)])
+        return Domain(engine, [LocalShard(*pair) for pair in zip(engine.parameters, parts, strict=True)])
 
     @property
     def state(self) -> dict[Any, dict[str, Tensor]]:
@@ -298,7 +298,7 @@ class FullyShardedMuon(torch.optim.Optimizer):
         pairs: list[tuple[Tensor, Tensor]] = []
         for group, own, saved in zip(self.param_groups, names, saved_groups, strict=True):
             for name, param, key in zip(own, group["params"], saved["params"], strict=True):
-                pairs += _pair_up(name, self.state.get(param, {}), saved_state.get(key, {}))
+                pairs += pair_up(name, self.state.get(param, {}), saved_state.get(key, {}))
         for mine, theirs in pairs:
             mine.copy_(theirs)
         for group, saved in zip(self.param_groups, saved_groups, strict=True):
@@ -332,109 +332,6 @@ class _View:
         return not self.square < float("inf")
 
 
-class _LocalShard:
-    """This rank's elements of one parameter, followed wherever the program puts them.
-
-    Attributes:
-        record: of the engine. part: their memory; None where this rank holds none.
-        state: the moments (and masters of its own) as DTensors over the engine's memory.
-        version: of the parameter when masters and parameter last agreed; None where they may not.
-    """
-
-    def __init__(self, record: OwnedParameter, part: Part | None) -> None:
-        self.record, self.part = record, part
-        self.state = {key: self._distributed(value) if value.ndim else value for key, value in record.saved.items()}
-        self._known = dict(self.state)
-        self.version = self.versions() if part is not None else None
-
-    def versions(self) -> tuple[int, int]:
-        """What tells that somebody wrote into the parameter: as a DTensor, or into its local tensor."""
-        return self.record.param._version, self.record.param.to_local()._version
-
-    def _distributed(self, flat: Tensor) -> DTensor:
-        param = self.record.param
-        local = flat.view(param.to_local().shape)
-        where = (param.device_mesh, param.placements)
-        return DTensor.from_local(local, *where, run_check=False, shape=param.shape, stride=param.stride())
-
-    def follow(self, state: Mapping[str, Tensor]) -> bool:
-        """Take over memory that moved and values that others wrote; whether memory moved."""
-        if self.part is None:
-            return False
-        part, moved = self.part, False
-        values = _flat(self.record.param, self.record.name)
-        if values.dtype != part.values.dtype or values.device != part.values.device:
-            raise ValueError(
-                f"parameter {self.record.name!r} became {values.dtype} on {values.device}: build the optimizer then"
-            )
-        if values.data_ptr() != part.values.data_ptr():
-            part.master, part.values = (values if not part.has_copies else part.master), values
-            moved, self.version = True, None
-        for key, tensor in state.items():
-            if tensor is not self._known[key]:  # such as a state that was offloaded and brought back
-                self._known[key], moved = tensor, True
-                flat = tensor.to_local().view(-1) if isinstance(tensor, DTensor) else tensor
-                if key == "master":
-                    part.master = flat
-                else:
-                    self.record.state[key] = flat
-                    part.moments.update({key: flat} if flat.ndim else {})
-        if part.has_copies and self.version != self.versions():
-            part.adopt()
-            self.version = self.versions()
-        return moved
-
-    def take_gradient(self, none: Tensor) -> None:
-        """Point the part at the parameter's gradient, at `none` (zeros) where it has none."""
-        grad = self.record.param.grad
-        if grad is None:
-            self.part.grad = none.narrow(0, 0, self.part.master.numel())
-            return
-        if grad.placements != self.record.param.placements:
-            grad = grad.redistribute(placements=self.record.param.placements)
-        self.part.grad = grad.to_local().reshape(-1).float()
-
-
-@dataclass
-class _Domain:
-    """The parameters whose meshes have the same ranks."""
-
-    engine: ShardedStep
-    shards: list[_LocalShard]
-
-    def follow(self, state: Mapping[Any, Mapping[str, Tensor]]) -> None:
-        """Take over what the program did to parameters and state since the last step."""
-        if any([shard.follow(state[shard.record.param]) for shard in self.shards]):
-            self.engine.rebind()
-
-    def take_gradients(self) -> None:
-        """Point the parts at this step's gradients."""
-        held = [shard for shard in self.shards if shard.part is not None]
-        missing = [shard.part.master.numel() for shard in held if shard.record.param.grad is None]
-        none = torch.zeros(max(missing, default=0), device=self.engine.device)
-        for shard in held:
-            shard.take_gradient(none)
-
-    def release_gradients(self) -> None:
-        """Hold none of the gradients, which FSDP2 allocates anew in every backward."""
-        self.engine.release_gradients()
-        for shard in self.shards:
-            if shard.part is not None:
-                shard.part.grad = None
-
-    def agree(self, flag: bool) -> Any:
-        """The engine's agreement over the domain."""
-        return self.engine.agree([shard.record.param.grad is not None for shard in self.shards], [flag])
-
-    def publish(self) -> None:
-        """Round masters into parameters that are not fp32."""
-        copies = [shard for shard in self.shards if shard.part is not None and shard.part.has_copies]
-        if copies:
-            torch._foreach_copy_([s.part.values for s in copies], [s.part.master for s in copies])
-        for shard in copies:
-            shard.version = shard.versions()
-
-
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:
     """Every parameter, in the model's order where that is known."""
     names, members = parameter_names(groups), []
@@ -452,32 +349,3 @@ def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> l
                 )
             members.append(Member(tensor_spec(name, param, group), param, index))
     return sorted(members, key=lambda member: order.get(member.spec.name, 0))
-
-
-def _flat(param: nn.Parameter, name: str) -> Tensor:
-    """This rank's elements, 1-D, without a copy."""
-    local = param.to_local()
-    if not local.is_contiguous():
-        raise ValueError(f"parameter {name!r} has a local tensor that is not contiguous: distribute a contiguous one")
-    return local.view(-1)
-
-
-def _pair_up(name: str, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Local tensors of the state and what is to be copied into them."""
-    if set(mine) != set(theirs):
-        raise ValueError(f"the saved state of parameter {name!r} has {sorted(theirs)}, this optimizer {sorted(mine)}")
-    out = []
-    for key, value in mine.items():
-        saved = theirs[key]
-        if isinstance(value, DTensor):
-            if not isinstance(saved, DTensor) or (saved.placements, saved.device_mesh) != (
-                value.placements,
-                value.device_mesh,
-            ):
-                raise ValueError(
-                    f"the saved {key} of parameter {name!r} is not placed like it: load with "
-                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
-                )
-            value, saved = value.to_local(), saved.to_local()
-        out.append((value, saved))
-    return out

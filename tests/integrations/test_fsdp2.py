@@ -37,27 +37,27 @@ def ranks_equal_one_process(rank: int, world: int) -> None:
     assert all_ns_calls(optimizer) == MATRICES
 
 
-@on_ranks(1)
+@on_ranks(1, timeout=170)
 def test_one_rank(rank: int, world: int) -> None:
     ranks_equal_one_process(rank, world)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_two_ranks(rank: int, world: int) -> None:
     ranks_equal_one_process(rank, world)
 
 
-@on_ranks(3)
+@on_ranks(3, timeout=170)
 def test_three_ranks(rank: int, world: int) -> None:
     ranks_equal_one_process(rank, world)
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_four_ranks(rank: int, world: int) -> None:
     ranks_equal_one_process(rank, world)
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_replicas_share_newton_schulz(rank: int, world: int) -> None:
     """HSDP: every matrix is orthogonalized once, not once in each replica, and replicas stay equal."""
     mesh = mesh_of(2, 2, names=["replicate", "shard"])
@@ -76,7 +76,7 @@ def check_norm(optimizer, model, grads: list[torch.Tensor]) -> None:
     assert optimizer.clip_grad_norm_(1e9) == pytest.approx(norm, rel=1e-12)
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_tensor_parallel(rank: int, world: int) -> None:
     """Rows over tp, columns over tp, rows that do not divide, and copies on every tp rank, counted once in norms."""
     mesh = mesh_of(2, 2, names=["dp", "tp"])
@@ -112,31 +112,31 @@ def train_experts(rank: int, dim: int | None) -> None:
         assert all({p.rank for p in plan.layout.pieces if p.matrix == m} == set(plan.homes[m]) for m in experts)
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_expert_parallel(rank: int, world: int) -> None:
     train_experts(rank, None)
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_expert_parallel_with_rows_of_every_expert(rank: int, world: int) -> None:
     train_experts(rank, 1)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_fsdp_over_columns(rank: int, world: int) -> None:
     mesh = mesh_of(2, names=["dp"])
     model, optimizer, twin = build(fsdp(mesh, shard_placement_fn=lambda p: Shard(p.ndim - 1)), EVEN)
     train(model, optimizer, twin, range(3), range(2), rank)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_mixed_precision_policy(rank: int, world: int) -> None:
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     model, optimizer, twin = build(fsdp(mesh_of(2, names=["dp"]), mp_policy=policy))
     train(model, optimizer, twin, range(3), range(2), rank)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_bf16_model_has_fp32_masters(rank: int, world: int) -> None:
     model, optimizer, twin = build(fsdp(mesh_of(2, names=["dp"])), dtype=torch.bfloat16)
     for step in range(4):
@@ -149,7 +149,7 @@ def test_bf16_model_has_fp32_masters(rank: int, world: int) -> None:
         assert torch.equal(optimizer.state[param]["master"].full_tensor(), twin.value(name)), name
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_several_domains(rank: int, world: int) -> None:
     """Layer 1 belongs to each pair of ranks by itself, everything else to all four."""
     pairs, pair = mesh_of(2, 2, names=["pair", "shard"]), [rank // 2 * 2, rank // 2 * 2 + 1]
@@ -182,7 +182,7 @@ def test_several_domains(rank: int, world: int) -> None:
         optimizer.step()
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_plain_dtensors(rank: int, world: int) -> None:
     """Tensor parallelism without FSDP; nothing reduces, every rank has the gradient of the whole batch."""
     mesh = mesh_of(2, names=["tp"])
@@ -214,7 +214,7 @@ class Net(torch.nn.Module):
         return self.two(self.frozen(self.one(x)))
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_tied_frozen_and_unused(rank: int, world: int) -> None:
     whole, model = Net(), Net()
     fully_shard(model, mesh=mesh_of(2, names=["dp"]))
@@ -235,7 +235,7 @@ def test_tied_frozen_and_unused(rank: int, world: int) -> None:
     assert len(optimizer.plans[0].homes) == 2
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_places_of_every_cut(rank: int, world: int) -> None:
     """Every piece of the layout names the elements that the DTensor holds there."""
     flat, square = mesh_of(4, names=["x"]), mesh_of(2, 2, names=["a", "b"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,8 +19,21 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from distributed_muon import muon_param_groups
+from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from tests.checks import on_ranks
-from tests.integrations.fsdp2_model import EVEN, build, compare, fsdp, mesh_of, tensor_parallel, train, whole_state
+from tests.integrations.fsdp2_model import (
+    EVEN,
+    Model,
+    Twin,
+    build,
+    compare,
+    fsdp,
+    mesh_of,
+    tensor_parallel,
+    train,
+    whole_state,
+)
 from tests.spawn import run_ranks
 
 
@@ -50,7 +64,7 @@ def load(path: str, model, optimizer, **options) -> None:
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_state_is_there_at_once_and_is_the_engines(rank: int, world: int) -> None:
     model, optimizer, _ = build(fsdp(mesh_of(world, names=["dp"])))
     calls = []
@@ -77,31 +91,29 @@ def test_state_is_there_at_once_and_is_the_engines(rank: int, world: int) -> Non
     assert sum(held.values()) == 4 * muon + 8 * adamw
 
 
-@on_ranks(4)
+@on_ranks(4, timeout=170)
 def test_resume_on_another_mesh(rank: int, world: int) -> None:
     """Three steps at FSDP 4, then one at HSDP 2 x 2 and at TP 2 x FSDP 2: the bits of four steps in one process."""
     folder = shared_folder(rank)
-    for flatten in (False, True):
-        path = f"{folder}/{flatten}"
-        model, optimizer, twin = build(fsdp(mesh_of(4, names=["dp"])), EVEN, lr=0.03)
-        twin = type(twin)(type(model)(EVEN), lr=0.03)
-        train(model, optimizer, twin, range(3), range(4), rank)
-        save(path, model, optimizer, flatten_optimizer_state_dict=flatten)
-        before = whole_state(model, optimizer)
-        twin.step(twin.grads(3, [0, 1]))
-        square = mesh_of(2, 2, names=["dp", "tp"])
-        for cut, data_rank in [
-            (fsdp(mesh_of(2, 2, names=["replicate", "shard"])), rank % 2),
-            (tensor_parallel(square, up=0, down=1, odd=0), square.get_local_rank("dp")),
-        ]:
-            model, optimizer, _ = build(cut, EVEN, lr=9.0)
-            load(path, model, optimizer, flatten_optimizer_state_dict=flatten)
-            assert {group["lr"] for group in optimizer.param_groups} == {0.03}
-            for key, value in whole_state(model, optimizer).items():
-                assert torch.equal(value, before[key]), key
-            model.loss(3, data_rank).backward()
-            optimizer.step()
-            compare(model, twin, f"resumed, flatten {flatten}")
+    square = mesh_of(2, 2, names=["dp", "tp"])
+    model, optimizer, _ = build(fsdp(mesh_of(4, names=["dp"])), EVEN, lr=0.03)
+    twin = Twin(Model(EVEN), lr=0.03)
+    train(model, optimizer, twin, range(3), range(4), rank)
+    before = whole_state(model, optimizer)
+    twin.step(twin.grads(3, [0, 1]))
+    for flatten, cut, data_rank in [
+        (False, fsdp(mesh_of(2, 2, names=["replicate", "shard"])), rank % 2),
+        (True, tensor_parallel(square, up=0, down=1, odd=0), square.get_local_rank("dp")),
+    ]:
+        save(f"{folder}/{flatten}", model, optimizer, flatten_optimizer_state_dict=flatten)
+        other, resumed, _ = build(cut, EVEN, lr=9.0)
+        load(f"{folder}/{flatten}", other, resumed, flatten_optimizer_state_dict=flatten)
+        assert {group["lr"] for group in resumed.param_groups} == {0.03}
+        for key, value in whole_state(other, resumed).items():
+            assert torch.equal(value, before[key]), key
+        other.loss(3, data_rank).backward()
+        resumed.step()
+        compare(other, twin, f"resumed, flatten {flatten}")
 
 
 def ranks_save(rank: int, world: int, path: str) -> None:
@@ -134,12 +146,13 @@ def ranks_load(rank: int, world: int, path: str) -> None:
         assert torch.equal(optimizer.state[p]["master"].full_tensor(), master)
 
 
+@pytest.mark.timeout(300)  # two worlds, one after the other
 def test_bf16_state_saved_at_2_ranks_loads_at_3(tmp_path: Path) -> None:
     run_ranks(ranks_save, 2, str(tmp_path / "c"), timeout=120)
     run_ranks(ranks_load, 3, str(tmp_path / "c"), timeout=120)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_own_state_dict_and_refusals(rank: int, world: int) -> None:
     mesh = mesh_of(world, names=["dp"])
     model, optimizer, twin = build(fsdp(mesh))
@@ -163,3 +176,42 @@ def test_own_state_dict_and_refusals(rank: int, world: int) -> None:
         optimizer.load_state_dict({**saved, "state": plain})
     with pytest.raises(ValueError, match="other parameter groups"):
         optimizer.load_state_dict({**saved, "param_groups": saved["param_groups"][:1]})
+
+
+@on_ranks(2, timeout=170)
+def test_accelerate_shards_after_construction(rank: int, world: int) -> None:
+    """Accelerate with fsdp_version 2: the optimizer is built on the plain model, `prepare` puts the shards into it."""
+    accelerate = pytest.importorskip("accelerate")
+    net = lambda: nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))  # noqa: E731
+    torch.manual_seed(0)
+    model, whole = net(), net()
+    whole.load_state_dict(model.state_dict())
+    accelerator = accelerate.Accelerator(cpu=True)
+    # Accelerate offers FSDP on accelerators only; what `prepare` does is the same.
+    accelerator.state.fsdp_plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, cpu_ram_efficient_loading=False
+    )
+    accelerator.state.distributed_type = accelerate.DistributedType.FSDP
+    optimizer = FullyShardedMuon(muon_param_groups(model), lr=0.02, ns_form="standard")
+    model, wrapped = accelerator.prepare(model, optimizer)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    assert len(get_optimizer_state_dict(model, optimizer)["state"]) == 4, "state is there before the first step"
+    options = {"lr": 0.02, "weight_decay": 0.1}
+    reference = [
+        torch.optim.Muon([whole[0].weight, whole[2].weight], adjust_lr_fn="match_rms_adamw", **options),
+        torch.optim.AdamW([whole[0].bias, whole[2].bias], betas=(0.9, 0.95), **options),
+    ]
+    for step in range(3):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
+        accelerator.backward(model(x).square().sum())
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        wrapped.step()
+        wrapped.zero_grad()
+        whole(x).square().sum().backward()
+        nn.utils.clip_grad_norm_(whole.parameters(), 1.0)
+        for other in reference:
+            other.step()
+            other.zero_grad()
+        for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
+            torch.testing.assert_close(ours.full_tensor(), theirs, atol=1e-4, rtol=0)
+    assert optimizer.local_report()["ns_calls"] == 1

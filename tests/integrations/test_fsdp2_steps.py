@@ -19,7 +19,7 @@ def job(world: int, **options):
     return build(fsdp(mesh_of(world, names=["dp"])), **options)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_clipping_is_torchs(rank: int, world: int) -> None:
     for step, (model, optimizer, twin) in enumerate([job(world), job(world, dtype=torch.bfloat16)]):
         model.loss(step, rank).backward()
@@ -43,7 +43,7 @@ def test_clipping_is_torchs(rank: int, world: int) -> None:
         optimizer.clip_grad_norm_(-1)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_accumulation(rank: int, world: int) -> None:
     """Four microbatches, reduced with the last or with each, equal their sum."""
     for syncs in (False, True):
@@ -62,7 +62,7 @@ def test_accumulation(rank: int, world: int) -> None:
         assert optimizer.local_report()["ns_calls"] == sum(rank in homes for homes in optimizer.plans[0].homes)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_nonfinite_on_one_rank_changes_nothing(rank: int, world: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model, optimizer, _ = job(world, dtype=dtype)
@@ -85,7 +85,7 @@ def test_nonfinite_on_one_rank_changes_nothing(rank: int, world: int) -> None:
         assert not optimizer.local_report()["skipped"]
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_grad_scaler(rank: int, world: int) -> None:
     """Unscaled gradients are those of an unscaled loss; an inf on one rank makes both skip and halve the scale."""
     model, optimizer, twin = job(world)
@@ -107,7 +107,7 @@ def test_grad_scaler(rank: int, world: int) -> None:
     compare(model, twin, "skipped")
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_parameters_without_gradient_stay(rank: int, world: int) -> None:
     """What no rank used keeps values and state, and is stepped again when it is used."""
     model, optimizer, twin = job(world)
@@ -120,7 +120,7 @@ def test_parameters_without_gradient_stay(rank: int, world: int) -> None:
         compare(model, twin, f"step {step}")
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_evaluation_leaves_no_stale_weights(rank: int, world: int) -> None:
     """A forward without backward leaves the root gathered; the next forward must see the step all the same."""
     model, optimizer, twin = job(world)
@@ -137,7 +137,7 @@ def test_evaluation_leaves_no_stale_weights(rank: int, world: int) -> None:
         assert torch.equal(model.loss(7, rank), fresh.loss(7, rank))
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_replaced_parameters_are_named(rank: int, world: int) -> None:
     model, optimizer, _ = job(world)
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -150,7 +150,7 @@ def test_replaced_parameters_are_named(rank: int, world: int) -> None:
         optimizer.step()
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_moved_memory_is_followed(rank: int, world: int) -> None:
     """`model.to`, and a state that was offloaded and brought back, as reinforcement learning does between phases."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -177,7 +177,7 @@ def test_moved_memory_is_followed(rank: int, world: int) -> None:
             optimizer.step()
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_masters_follow_loaded_weights(rank: int, world: int) -> None:
     """A bf16 model loaded after construction is what is trained on, in full."""
     model, optimizer, _ = job(world, dtype=torch.bfloat16)
@@ -196,7 +196,7 @@ def test_masters_follow_loaded_weights(rank: int, world: int) -> None:
         assert (master - moved[name]).abs().max() < 0.3, name
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_gradients_are_let_go(rank: int, world: int) -> None:
     """After zero_grad nothing holds the shards of the gradient, which FSDP2 allocates anew in every backward."""
     model, optimizer, _ = job(world)
@@ -209,7 +209,7 @@ def test_gradients_are_let_go(rank: int, world: int) -> None:
         assert all(storage.expired() for storage in held)
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_refusals(rank: int, world: int) -> None:
     model = Model()
     ignored = {model.layers[0].b}
@@ -231,7 +231,7 @@ def test_refusals(rank: int, world: int) -> None:
         FullyShardedMuon(muon_param_groups(half, overrides={"*experts": "adamw"}))
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_scheduler_and_closure(rank: int, world: int) -> None:
     model, optimizer, twin = job(world)
     ours = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -251,7 +251,7 @@ def test_scheduler_and_closure(rank: int, world: int) -> None:
         compare(model, twin, f"step {step}")
 
 
-@on_ranks(2)
+@on_ranks(2, timeout=170)
 def test_bytes_are_those_of_the_plan(rank: int, world: int) -> None:
     """The exchange moves what the plan says; beside it there is one small all-reduce."""
     model, optimizer, _ = job(world, ns_form="auto")

@@ -1,0 +1,163 @@
+"""Pretrain the models of launch.pretrain under FSDP2 with distributed Muon.
+
+    torchrun --standalone --nproc_per_node 2 -m launch.pretrain_fsdp2 --model moonlight
+    torchrun --standalone --nproc_per_node 4 -m launch.pretrain_fsdp2 --replicate 2
+
+Parameters and their masters are float32 and sharded; --dtype is what FSDP2 gathers and computes in. The last line on
+stdout is a JSON object with the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from distributed_muon import muon_param_groups
+from distributed_muon.integrations.fsdp2 import FullyShardedMuon
+from launch import arguments
+from launch.job import run_job
+from launch.models import CausalLM, huggingface, update_expert_bias
+from launch.schedule import cosine_schedule
+from launch.trainer import Trainer
+from launch.validation import validation_loss
+from launch.world import World
+
+
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = arguments.trainer_parser(__doc__)
+    parser.add_argument(
+        "--replicate", type=int, default=1, help="copies of the shards: HSDP over so many groups of ranks"
+    )
+    arguments.add_muon_flags(parser).add_argument(
+        "--strategy", choices=("auto", "home", "gather"), default="auto", help="where matrices are orthogonalized"
+    )
+    args = arguments.parse(parser, words)
+    args.run_dir = args.run_dir or Path("runs") / f"{args.model}-{FullyShardedTrainer.kind}"
+    return args
+
+
+def shard(model: CausalLM, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Every block is a group of its own; embedding, norm and head are the root's."""
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+class FullyShardedTrainer(Trainer):
+    """A run of `launch.loop.train` under FSDP2."""
+
+    kind = "fsdp2"
+
+    def __init__(self, args: argparse.Namespace, world: World) -> None:
+        if args.replicate < 1 or world.size % args.replicate:
+            raise ValueError(f"--replicate {args.replicate} does not divide the {world.size} ranks")
+        super().__init__(args, world)
+        self.model = self._whole_model(world.device)
+        self.parameters = sum(p.numel() for p in self.model.parameters())
+        shape, names = (world.size,), ("shard",)
+        if args.replicate > 1:
+            shape, names = (args.replicate, world.size // args.replicate), ("replicate", "shard")
+        shard(
+            self.model, init_device_mesh(world.device.type, shape, mesh_dim_names=names), arguments.DTYPES[args.dtype]
+        )
+        self.title = f"FSDP2 {' x '.join(map(str, shape))}"
+        groups = muon_param_groups(self.model, vector_weight_decay=0.0)
+        options = {"weight_decay": args.weight_decay, **arguments.muon_options(args)}
+        self.optimizer = FullyShardedMuon(groups, lr=args.lr, **options)
+        self._seconds: Counter[str] = Counter()
+        if self.begin is not None:
+            state = self._state()
+            dcp.load(state, checkpoint_id=self.begin)
+            states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+            set_state_dict(self.model, self.optimizer, **states)
+            self.done = state["step"]
+        self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
+
+    def _whole_model(self, device: torch.device) -> CausalLM:
+        args = argparse.Namespace(**{**vars(self.args), "dtype": "fp32"})
+        return arguments.make_model(args, self.data.vocab_size, device)
+
+    def _state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer, "step": self.done}
+
+    def forward_backward(self) -> tuple[float, float]:
+        """The last microbatch's backward reduces the gradients."""
+        total, count = 0.0, self.args.accumulation
+        for number, (tokens, targets) in enumerate(self.microbatches(), 1):
+            self.model.set_requires_gradient_sync(number == count)
+            loss = self.model(tokens, targets)
+            (loss / count).backward()
+            total += loss.item()
+        return total, count
+
+    def update(self) -> dict[str, float]:
+        """Clip, step, and balance the experts.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; no parameter has been changed.
+        """
+        metrics = {"lr": self.schedule.get_last_lr()[0]}
+        metrics["grad_norm"] = self.optimizer.clip_grad_norm_(self.args.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._seconds.update(self.optimizer.local_report()["seconds"])
+        self.schedule.step()
+        balance = update_expert_bias(self.model, self.args.expert_bias_rate)
+        return metrics if balance is None else metrics | {"expert_load_max_over_mean": balance}
+
+    def optimizer_seconds(self) -> dict[str, float]:
+        """Its phases; FSDP2's own collectives are not among them."""
+        taken, self._seconds = dict(self._seconds), Counter()
+        return taken
+
+    def validate(self) -> float:
+        """Validation loss over as many batches on every rank, which FSDP2 needs; collective."""
+        samples = min(self.args.validation_samples, len(self.data.validation)) // self.world.size * self.world.size
+        return validation_loss(self.model, self.data, self.world, samples or self.world.size, self.args.batch_size)
+
+    def save(self) -> None:
+        """A torch.distributed.checkpoint now, unless it is there; it loads on any mesh. Collective."""
+        self.run.save(self.done, self.run.complete(lambda path: dcp.save(self._state(), checkpoint_id=path)))
+
+    def export(self, folder: Path) -> None:
+        """The model as a Hugging Face checkpoint; collective."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(self.model, options=options)
+        if self.world.main:
+            whole = self._whole_model(torch.device("cpu"))
+            whole.load_state_dict(state)
+            huggingface.save(whole, folder, arguments.DTYPES[self.args.dtype])
+        self.world.barrier()
+
+    def explain(self) -> str:
+        """Homes and waves of the matrices."""
+        return "\n".join(plan.explain() for plan in self.optimizer.plans)
+
+    def results(self) -> dict[str, Any]:
+        """How the ranks are arranged."""
+        return {"replicate": self.args.replicate}
+
+
+def main() -> None:
+    """Entry point."""
+    run_job(FullyShardedTrainer, parse_arguments)
+
+
+if __name__ == "__main__":
+    main()
