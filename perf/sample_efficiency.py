@@ -25,7 +25,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from launch.environment import describe_machine
 from perf.options import at_least_one, output_file
 from perf.sample_runs import Run, train
-from perf.sample_studies import PARTS, Table, tables, wanted
+from perf.sample_studies import PARTS, Table, read_results, tables, wanted
 
 DEFAULT_FILE, DEFAULT_WEIGHTS = Path("perf/results/sample_efficiency.json"), Path("runs/sample_efficiency")
 
@@ -51,11 +51,6 @@ class KeptRuns:
         new = self.path.with_suffix(".new")
         new.write_text(f'{{"machine": {json.dumps(self.machine)},\n"runs": [\n{lines}\n]}}\n', encoding="utf-8")
         os.replace(new, self.path)
-
-
-def read_results(content: dict[str, Any]) -> dict[Run, dict[str, Any]]:
-    """The results of a JSON file by their run."""
-    return {Run.read(result["run"]): result for result in content["runs"]}
 
 
 def train_missing(parts: tuple[str, ...], kept: KeptRuns, workers: int, weights: Path, compiled: bool) -> None:

@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +80,10 @@ class Run:
                 words.append(f"{key}{value}".replace("*", ""))
         return "-".join(words + (["after", self.start.optimizer] if self.start else []))
 
-    @cached_property
+    @property
     def parameters(self) -> int:
         """All but embedding and head."""
-        with torch.device("meta"):
-            return sum(p.numel() for name, p in build(self).named_parameters() if not _outer(name))
+        return _parameters(self.kind, self.size)
 
     @property
     def steps(self) -> int:
@@ -94,6 +93,12 @@ class Run:
     def flops(self) -> float:
         """Of the model over the run: 6 per parameter and token, all experts counted; the optimizer's apart."""
         return 6.0 * self.parameters * self.steps * BATCH * SEQUENCE
+
+
+@cache
+def _parameters(kind: str, size: str) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for name, p in build(Run(kind, size)).named_parameters() if not _outer(name))
 
 
 def build(run: Run) -> CausalLM:

@@ -80,6 +80,11 @@ def _model_runs(model: Model, known: Known) -> list[Run]:
     return [*model.runs("muon", best), *model.runs("muon", best, share=SHORT)]
 
 
+def read_results(content: dict[str, Any]) -> dict[Run, dict[str, Any]]:
+    """The results in a file of `perf.sample_efficiency` by their run."""
+    return {Run.read(result["run"]): result for result in content["runs"]}
+
+
 def _study_runs(name: str, known: Known) -> list[Run]:
     model = _model_of(name)
     _, best = bracket(model, known)
@@ -153,6 +158,15 @@ def study(name: str, lr: float) -> Study:
         "AdamW, decay 0.1": [replace(long, optimizer="adamw")],
     }
     return Study("Weight decay (figure 2)", "Five times the tokens, one seed.", variants)
+
+
+def study_if_known(name: str, known: Known) -> Study | None:
+    """One of STUDIES, None before all its runs are known."""
+    _, lr = bracket(_model_of(name), known)
+    if lr is None:
+        return None
+    one = study(name, lr)
+    return one if all(run in known for runs in one.variants.values() for run in runs) else None
 
 
 # ---- what the runs say -------------------------------------------------------------------------------
@@ -233,10 +247,7 @@ def tables(known: Known) -> list[Table]:
     """Everything that is complete; parts whose runs are missing are left out."""
     found = comparisons(known)
     out = [_steps_table(found, known), _rates_table(known), *_entropy_tables(found, known)]
-    for name in STUDIES:
-        _, lr = bracket(_model_of(name), known)
-        if lr is not None and all(run in known for runs in study(name, lr).variants.values() for run in runs):
-            out.append(_study_table(study(name, lr), known))
+    out += [_study_table(one, known) for name in STUDIES if (one := study_if_known(name, known)) is not None]
     return [table for table in out if table.rows]
 
 
