@@ -179,7 +179,7 @@ def train(run: Run, weights: Path, compiled: bool = False) -> dict[str, Any]:
 
     Returns:
         "run" as a dictionary; "curve", rows of (step, validation loss, RMS of hidden weights, RMS of their change in
-        that step over the learning rate); "entropy" by matrix; "parameters"; "newton_schulz_flops" of the whole run.
+        that step over the learning rate); "entropy" and "weight_rms" by matrix; "newton_schulz_flops" of the whole run.
     """
     torch.set_num_threads(1)
     data = load_data(finetuning_data() if run.start else [], SEQUENCE, seed=run.seed)
@@ -209,8 +209,13 @@ def train(run: Run, weights: Path, compiled: bool = False) -> dict[str, Any]:
         update_expert_bias(model, EXPERT_BIAS_RATE)
     if not run.fused_qkv and not (weights / run.name).exists():  # whose names no other model has
         huggingface.save(model, weights / run.name)
-    return {"run": asdict(run), "curve": curve, "entropy": entropies(model), "parameters": run.parameters,
-            "newton_schulz_flops": optimizer.plan.ns_flops_total * run.steps}  # fmt: skip
+    return {
+        "run": asdict(run),
+        "curve": curve,
+        "entropy": {name: entropy(matrix) for name, matrix in hidden_matrices(model)},
+        "weight_rms": {name: _rms([matrix]) for name, matrix in hidden_matrices(model)},
+        "newton_schulz_flops": optimizer.plan.ns_flops_total * run.steps,
+    }
 
 
 def finetuning_data() -> list[Path]:
@@ -230,14 +235,11 @@ def _rms(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(float(t.detach().square().sum()) for t in tensors) / sum(t.numel() for t in tensors))
 
 
-def entropies(model: nn.Module) -> dict[str, float]:
-    """Singular-value entropy of every hidden matrix: H = -sum(q log q) / log(n), q = sigma^2 / sum sigma^2."""
-    found = {}
-    for name, matrix in hidden_matrices(model):
-        squares = torch.linalg.svdvals(matrix.double()).square()
-        share = (squares / squares.sum()).clamp(min=1e-30)
-        found[name] = float(-(share * share.log()).sum() / math.log(len(share)))
-    return found
+def entropy(matrix: Tensor) -> float:
+    """Of the singular values: H = -sum(q log q) / log(n), q = sigma^2 / sum sigma^2."""
+    squares = torch.linalg.svdvals(matrix.double()).square()
+    share = (squares / squares.sum()).clamp(min=1e-30)
+    return float(-(share * share.log()).sum() / math.log(len(share)))
 
 
 def hidden_matrices(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -265,9 +267,9 @@ def weight_group(name: str) -> str:
     return "dense feed-forward"
 
 
-def mean_entropies(result: dict[str, Any]) -> dict[str, float]:
-    """Mean entropy by `weight_group` of one result."""
+def group_means(values: dict[str, float]) -> dict[str, float]:
+    """Mean by `weight_group` of values by matrix."""
     groups: dict[str, list[float]] = defaultdict(list)
-    for name, value in result["entropy"].items():
+    for name, value in values.items():
         groups[weight_group(name)].append(value)
-    return {group: sum(values) / len(values) for group, values in groups.items()}
+    return {group: sum(some) / len(some) for group, some in groups.items()}

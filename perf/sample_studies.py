@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from perf.sample_runs import Run, mean_entropies
+from perf.sample_runs import FINAL_LR, Run, group_means
 
 SHORT = 0.52  # of AdamW's steps: the report's share of AdamW's FLOPs for the same loss
 RATES = (1e-3, 2e-3, 4e-3)  # that AdamW is tried at first
@@ -298,7 +298,7 @@ def _entropy_tables(found: list[Comparison], known: Known) -> Iterator[Table]:
         by_seed = [(known[old], known[new]) for old, new in zip(one.adamw, one.muon, strict=True)]
         higher = [new["entropy"][name] > value for old, new in by_seed for name, value in old["entropy"].items()]
         total = [total[0] + sum(higher), total[1] + len(higher)]
-        means = [[mean_entropies(result) for result in results] for results in zip(*by_seed, strict=True)]
+        means = [[group_means(result["entropy"]) for result in results] for results in zip(*by_seed, strict=True)]
         for group in means[0][0]:
             adamw, muon = (statistics.mean(mean[group] for mean in seeds) for seeds in means)
             rows.append([str(one.model), group, f"{adamw:.3f}", f"{muon:.3f}"])
@@ -311,12 +311,23 @@ def _study_table(one: Study, known: Known) -> Table:
     base = next(iter(one.variants.values()))
     for label, runs in one.variants.items():
         margins = [final(run, known) - final(other, known) for run, other in zip(runs, base, strict=True)]
-        weights, updates = ([known[run]["curve"][-1][column] for run in runs] for column in (2, 3))
+        attention, feed_forward = (_rms_of(part, runs, known) for part in ("attention", "dense feed-forward"))
+        weights, updates = zip(*(known[run]["curve"][-1][2:] for run in runs), strict=True)
+        moved = [
+            FINAL_LR * run.lr * update / weight for run, weight, update in zip(runs, weights, updates, strict=True)
+        ]
         rows.append(
             [label, f"{mean_final(runs, known):.4f}",
              "" if runs is base else f"{statistics.mean(margins):+.4f}",
              "" if runs is base else " ".join(f"{margin:+.4f}" for margin in margins),
-             f"{statistics.mean(weights):.4f}", f"{statistics.mean(updates):.3f}"]
+             f"{attention:.4f}", f"{feed_forward:.4f}", f"{statistics.mean(updates):.3f}",
+             f"{statistics.mean(moved):.1e}"]
         )  # fmt: skip
-    header = ("", "loss", "minus the first", "by seed", "weight RMS", "change / rate")
+    header = ("", "loss", "minus the first", "by seed", "attention RMS", "feed-forward RMS", "change / rate",
+              "change / weight")  # fmt: skip
     return Table(one.title, one.note, header, rows)
+
+
+def _rms_of(group: str, runs: list[Run], known: Known) -> float:
+    """Mean RMS at the end of the matrices of a weight group."""
+    return statistics.mean(group_means(known[run]["weight_rms"])[group] for run in runs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,13 @@ def result_of(run: Run, best: float = 2e-3) -> dict[str, Any]:
     last = 3 + abs(math.log2(run.lr / best)) * 0.1 if run.optimizer == "adamw" else 5 - 4 * min(run.share, 1.0)
     larger = (run.parameters / MODELS["small"].runs("muon", 1.0)[0].parameters) ** -0.05
     curve = [[run.steps * part / 10, larger * (5 + (last - 5) * part / 10), 0.03, 0.2] for part in range(1, 11)]
-    entropy = {"a.self_attn.q.weight": 0.9 if run.optimizer == "muon" else 0.8, "a.mlp.gate.weight": 0.5}
-    return {"run": asdict(run), "curve": curve, "entropy": entropy, "newton_schulz_flops": run.flops / 4}
+    entropy = {
+        "a.self_attn.q.weight": 0.9 if run.optimizer == "muon" else 0.8,
+        "a.mlp.gate.weight": 0.5,
+        "a.mlp.up.weight": 0.5,
+    }
+    return {"run": asdict(run), "curve": curve, "entropy": entropy, "weight_rms": entropy,
+            "newton_schulz_flops": run.flops / 4}  # fmt: skip
 
 
 def all_results(parts: tuple[str, ...], best: float = 2e-3) -> dict[Run, dict[str, Any]]:
@@ -78,9 +84,10 @@ def test_power_law() -> None:
 def test_section_and_tile_show_the_runs() -> None:
     content = {"machine": MACHINE, "runs": list(all_results(("small", "medium", "moe", "decay")).values())}
     title, body = sample_efficiency_section(json.loads(json.dumps(content)))
-    assert title == "Steps to AdamW's loss at AdamW's rate" and body.count("<svg") == 4
+    body = re.sub(r' data-label="[^"]*"', "", body)
+    assert title == "Steps to AdamW's loss at AdamW's rate" and body.count("<svg") == 8
     assert "<td>0.50</td><td>0.50 0.50 0.50</td><td>2.9200</td><td>-0.0800</td>" in body
-    assert "Muon&#x27;s is higher in 7 of 14 matrices" in body
+    assert "Muon&#x27;s is higher in 7 of 21 matrices" in body
     assert "No part is complete yet" in sample_efficiency_section({"machine": MACHINE, "runs": []})[1]
     tile = sample_efficiency_tile(content)
     assert tile == ("0.50", "of AdamW's steps to its loss at its best rate; dense small, 3 seeds")
@@ -134,7 +141,8 @@ def test_a_run_trains_and_measures(tmp_path: Path) -> None:
     assert tuned["curve"][0][1] < first["curve"][0][1] - 0.5  # goes on from the weights
     model = build(run)
     huggingface.load_weights(model, tmp_path / run.name)
-    assert sample_runs.entropies(model) == pytest.approx(first["entropy"], abs=1e-6)
+    entropy = {name: sample_runs.entropy(matrix) for name, matrix in hidden_matrices(model)}
+    assert entropy == pytest.approx(first["entropy"], abs=1e-6)
 
 
 def test_update_rms_and_scale_rule_keep_the_decay() -> None:
@@ -182,6 +190,14 @@ def test_fused_attention_computes_the_same() -> None:
     run = Run(fused_qkv=True)
     shapes = {matrix.shape for matrix in make_optimizer(run, build(run)).plan.layout.matrices}
     assert (128, 64) in shapes and (32, 64) not in shapes
+
+
+def test_entropy_of_singular_values() -> None:
+    assert sample_runs.entropy(torch.eye(8, 20)) == pytest.approx(1)
+    assert sample_runs.entropy(torch.ones(8, 20)) == pytest.approx(0, abs=1e-9)
+    halves = torch.zeros(4, 4)
+    halves[0, 1] = halves[2, 0] = 3.0
+    assert sample_runs.entropy(halves) == pytest.approx(0.5)  # log 2 / log 4
 
 
 def test_matrices_are_those_that_muon_orthogonalizes() -> None:
