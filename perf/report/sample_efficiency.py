@@ -1,11 +1,11 @@
-"""The report's section on `perf.sample_efficiency`: losses over steps, and the weights' singular-value entropy."""
+"""The report's section on `perf.sample_efficiency`: its tables, with losses over steps and compute, and entropies."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from perf.report.chart import (
@@ -16,97 +16,122 @@ from perf.report.chart import (
     TEAL,
     chart,
     legend_below,
+    make_axes,
     name_rows,
     panels,
     row_figure,
     row_places,
 )  # fmt: skip
-from perf.report.page import Section, note, origin, table
+from perf.report.page import Section, folded, note, origin, pair, table
+from perf.sample_runs import Run, group_means
+from perf.sample_studies import (
+    SHORT,
+    Comparison,
+    Known,
+    Study,
+    Table,
+    comparisons,
+    compute_points,
+    power_law,
+    read_results,
+    study_if_known,
+    tables,
+)
 
-RUN_COLORS = {"adamw": GREY, "muon": BLUE, "tuned": AMBER, "short": TEAL}
-RUN_NAMES = {
-    "adamw": "AdamW",
-    "muon": "Muon, AdamW's rate",
-    "tuned": "Muon, own rate",
-    "short": "the same, fewer steps",
-}
+COLORS = {"adamw": GREY, "muon": BLUE, "short": TEAL}
+NAMES = {"adamw": "AdamW", "muon": "Muon, AdamW's rate", "short": f"Muon in {SHORT:g} of the steps"}
+NOTHING = Table("", "No part is complete yet: run perf.sample_efficiency again.", (), [])
 
 
 def sample_efficiency_section(result: dict[str, Any]) -> Section:
     """Of `perf.sample_efficiency`."""
-    rows, cells = result["rows"], []
-    for row in rows:
-        mean = {name: statistics.mean(values) for name, values in row["final"].items()}
-        same, own = (
-            ", ".join(f"{share:.2f}" if share else "never" for share in row[key])
-            for key in ("share_of_steps", "tuned_share_of_steps")
-        )
-        cells.append(
-            [f"{row['kind']} {row['size']}", f"{row['parameters'] / 1e6:.2f} M", f"{row['lr']:g}",
-             f"{mean['adamw']:.4f}", f"{mean['muon']:.4f}", same, f"{row['tuned_lr']:g}", f"{mean['tuned']:.4f}", own,
-             f"{mean['short']:.4f}", ", ".join(f"{value:.2f}" for value in row["update_over_lr"].values())]
-        )  # fmt: skip
-    curves = rows[0]["curves"]
-    share = curves["short"][-1][0] / curves["muon"][-1][0]
-    tried = sorted({row["lr"] for row in result["sweep"] if row["optimizer"] == "adamw"})
-    header = (
-        "model", "parameters", "AdamW's rate", "AdamW", "Muon", "steps to AdamW's", "own rate", "Muon",
-        "steps to AdamW's", f"in {share:.2f} of the steps", "change / rate",
-    )  # fmt: skip
-    body = note(
-        f"Toy models, {result['steps']} steps, validation loss, mean of {len(result['seeds'])} seeds. AdamW at its "
-        f"best of {len(tried)} learning rates ({tried[0]:g} to {tried[-1]:g}), Muon at the same one and at the best "
-        "multiple of it. Steps to AdamW's: at which share of its steps Muon passes AdamW's final loss, by seed. Change "
-        "/ rate: RMS of the change of hidden weights in a step over the learning rate, AdamW's and Muon's."
-    )
-    body += chart(lambda narrow: loss_panels(rows, narrow)) + table(header, cells) + entropy(rows)
-    return "Steps to the same loss", body + origin(result)
+    known = read_results(result)
+    found = comparisons(known)
+    first, *others = tables(known) or [NOTHING]
+    body = note(first.note) + table(first.header, first.rows)
+    if found:
+        body += chart(lambda narrow: loss_panels(found, known, narrow))
+        decay = study_if_known("decay", known)
+        second = chart(lambda narrow: decay_curves(decay, known, narrow)) if decay is not None else ""
+        body += pair(chart(lambda narrow: compute(known, narrow)), second)
+        body += chart(lambda narrow: entropy(found, known, narrow))
+    for one in others:
+        body += folded(one.title, note(one.note) + table(one.header, one.rows))
+    return "Steps to AdamW's loss at AdamW's rate", body + origin(result)
 
 
 def sample_efficiency_tile(result: dict[str, Any]) -> tuple[str, str] | None:
-    """The number to remember: Muon's share of AdamW's steps, where every run got there."""
-    same, own = ([share for row in result["rows"] for share in row[key]]
-                 for key in ("share_of_steps", "tuned_share_of_steps"))  # fmt: skip
-    if not all(own):
-        return None
-    text = "of AdamW's steps to its best loss, median of toy runs at Muon's own rate; at AdamW's rate "
-    return f"{statistics.median(own):.2f}", f"{text}{sum(map(bool, same))} of {len(same)} get there"
+    """The number to remember: Muon's mean share of AdamW's steps, of the first model that always got there."""
+    for one in comparisons(read_results(result)):
+        reached = [share for share in one.shares if share]
+        if len(reached) == len(one.shares):
+            text = f"of AdamW's steps to its loss at its best rate; {one.model}, {len(reached)} seeds"
+            return f"{statistics.mean(reached):.2f}", text
+    return None
 
 
-def loss_panels(rows: Sequence[Mapping[str, Any]], narrow: bool = False) -> Figure:
+def _plot(axes: Axes, run: Run, known: Known, color: str, label: str) -> None:
+    steps, losses, *_ = zip(*known[run]["curve"], strict=True)
+    axes.plot(steps, losses, linewidth=1.6, color=color, label=label)
+
+
+def loss_panels(found: list[Comparison], known: Known, narrow: bool) -> Figure:
     """Validation loss over steps, one panel per model, of the first seed."""
-    figure, drawn = panels(len(rows), narrow, height=2.7)
-    for axes, row in zip(drawn, rows, strict=True):
-        for name, color in RUN_COLORS.items():
-            axes.plot(*zip(*row["curves"][name], strict=True), linewidth=1.8, color=color, label=RUN_NAMES[name])
-        final = row["curves"]["adamw"][-1][1]
-        axes.axhline(final, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
-        axes.set_ylim(min(loss for curve in row["curves"].values() for _, loss in curve) - 0.05, final + 1.0)
+    figure, drawn = panels(len(found), narrow, 2.7)
+    for axes, one in zip(drawn, found, strict=True):
+        for name, color in COLORS.items():
+            _plot(axes, getattr(one, name)[0], known, color, NAMES[name])
+        last = known[one.adamw[0]]["curve"][-1][1]
+        axes.axhline(last, color=SOFT, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_ylim(min(known[one.muon[0]]["curve"][-1][1], last) - 0.05, last + 0.8)
         axes.tick_params(length=0, labelsize=8.5)
-        axes.set_title(f"{row['kind']} {row['size']}, {row['parameters'] / 1e6:.2f} M", fontsize=10)
+        axes.set_title(f"{one.model}, {one.muon[0].parameters / 1e6:.2f} M", fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.set_ylabel("validation loss", fontsize=9)
-    legend_below(figure, narrow, columns=4, axes=drawn[0])
+    legend_below(figure, narrow, columns=3, axes=drawn[0])
     return figure
 
 
-def entropy(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Singular-value entropy by weight group, AdamW's beside Muon's."""
-    names = [f"{group}, {row['kind']} {row['size']}" for row in rows for group in row["entropy"]["muon"]]
-    values = {
-        name: [row["entropy"][name][group] for row in rows for group in row["entropy"]["muon"]]
-        for name in ("adamw", "muon")
-    }
+def compute(known: Known, narrow: bool) -> Figure:
+    """Final loss over the model's FLOPs, one point per dense size, and the power law through them."""
+    figure, axes = make_axes("loss over compute, dense models", narrow)
+    for name, points in compute_points(known).items():
+        flops, losses = zip(*points, strict=True)
+        axes.plot(flops, losses, "o", color=COLORS[name], label=NAMES[name])
+        if len(points) > 1:
+            a, b = power_law(points)
+            axes.plot(flops, [a * x**b for x in flops], color=COLORS[name], linewidth=1.4)
+    axes.set_xscale("log")
+    axes.set_xlabel("FLOPs of the model over the run")
+    axes.set_ylabel("final validation loss")
+    axes.legend()
+    return figure
 
-    def draw(narrow: bool) -> Figure:
-        title = "singular-value entropy of the weights at the end"
-        figure, axes = row_figure(title, len(names), narrow, each=0.36)
-        for offset, name in ((-0.1, "adamw"), (0.1, "muon")):
-            at = [place + offset for place in row_places(len(names), narrow)]
-            axes.scatter(values[name], at, s=30, color=RUN_COLORS[name], label=RUN_NAMES[name], zorder=3)
-        name_rows(axes, names, narrow)
-        axes.set_xlabel("1: all singular values are equal")
-        legend_below(figure, narrow, columns=2)
-        return figure
 
-    return chart(draw)
+def decay_curves(decay: Study, known: Known, narrow: bool) -> Figure:
+    """Validation loss over the long runs of the decay study."""
+    figure, axes = make_axes("five times the tokens, with and without decay", narrow)
+    for (label, runs), color in zip(decay.variants.items(), (BLUE, AMBER, GREY), strict=True):
+        _plot(axes, runs[0], known, color, label)
+    last = min(known[runs[0]]["curve"][-1][1] for runs in decay.variants.values())
+    axes.set_ylim(last - 0.03, last + 0.6)
+    axes.set_xlabel("step")
+    axes.legend()
+    return figure
+
+
+def entropy(found: list[Comparison], known: Known, narrow: bool) -> Figure:
+    """Singular-value entropy by weight group, AdamW's beside Muon's, means over seeds."""
+    rows = [(one, group) for one in found for group in group_means(known[one.muon[0]]["entropy"])]
+    figure, axes = row_figure("singular-value entropy of the weights at the end", len(rows), narrow, each=0.36)
+    for offset, name in ((-0.1, "adamw"), (0.1, "muon")):
+        values = [
+            statistics.mean(group_means(known[run]["entropy"])[group] for run in getattr(one, name))
+            for one, group in rows
+        ]
+        at = [place + offset for place in row_places(len(rows), narrow)]
+        axes.scatter(values, at, s=30, color=COLORS[name], label=NAMES[name], zorder=3)
+    name_rows(axes, [f"{group}, {one.model}" for one, group in rows], narrow)
+    axes.set_xlabel("1: all singular values are equal")
+    legend_below(figure, narrow, columns=2)
+    return figure
