@@ -13,7 +13,7 @@ from torch import nn
 
 from distributed_muon.engine.agreement import Agreement
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.options import Options, as_groups, check_choice, nearest, parameter_names, tensor_spec
+from distributed_muon.engine.options import Options, as_groups, check_choice, parameter_names, tensor_spec
 from distributed_muon.engine.report import local_report, step_report
 from distributed_muon.engine.state import Member, OwnedParameter
 from distributed_muon.engine.step import ShardedStep
@@ -22,16 +22,12 @@ from distributed_muon.layout.pieces import Shard
 from distributed_muon.layout.plan import Plan
 from distributed_muon.native.buckets import FlatBucket, cut_families
 from distributed_muon.native.gather import ParameterGatherer
-from distributed_muon.native.gradients import GradientReducer
+from distributed_muon.native.gradients import GradientReducer, whole_gradient
 from distributed_muon.native.owners import check_launch, release_later, take_over
 from distributed_muon.native.parameters import LinkedParameters
-from distributed_muon.native.state_dict import export_state, export_whole, import_state, import_whole
+from distributed_muon.native.state_dict import SavedState
 
 _NO_GRADIENT = "step() found no gradient of any parameter on any rank: nothing was updated"
-_ONE_SHARD = (
-    "state_dict() of DistributedMuon holds the shard of rank {} of {} only: save it on every rank, call "
-    "optimizer.gather_state() on every rank before, or use distributed_muon.checkpoint.save()"
-)
 
 
 class DistributedMuon(torch.optim.Optimizer):
@@ -116,7 +112,8 @@ class DistributedMuon(torch.optim.Optimizer):
         last = self.plan.last_wave_by_tensor()
         self._last_wave = [max(last[tensor] for tensor in bucket.tensors) for bucket in buckets]
         self._replica_check_every, self._distributed = replica_check_every, dist.is_initialized()
-        self._closed, self._steps, self._facts, self._whole = False, 0, {}, None
+        self._closed, self._steps, self._facts = False, 0, {}
+        self._saved = SavedState(self.sharded_parameters, self.param_groups, self.collectives)
         self._forget_agreement()
         self._release = release_later(
             self, [self._reducer, self._gatherer], [self.collectives, *self._engine.teams.values()]
@@ -154,7 +151,8 @@ class DistributedMuon(torch.optim.Optimizer):
         half = next((p.name for p in self.sharded_parameters if p.param.dtype == torch.float16), None)
         if half is not None and not self._unscaled:
             raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
-        self._steps, self._whole = self._steps + 1, None
+        self._steps += 1
+        self._saved.forget()
         if self._replica_check_every and self._steps % self._replica_check_every == 0:
             self.check_replicas()  # before the gathers of this step paint over what forward and backward have used
         agreement = self._agree()
@@ -250,11 +248,8 @@ class DistributedMuon(torch.optim.Optimizer):
             raise RuntimeError(
                 'no_sync() with gradient_reduction="none": use the no_sync() of the wrapper that reduces'
             )
-        before, self._reducer.syncing = self._reducer.syncing, False
-        try:
+        with self._reducer.paused():
             yield
-        finally:
-            self._reducer.syncing = before
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all gradients, the flat ones included.
@@ -283,7 +278,7 @@ class DistributedMuon(torch.optim.Optimizer):
         norm = self._agree().norm
         factor = max_norm / (norm * self._clip + 1e-6)  # torch.nn.utils.clip_grad_norm_'s
         if factor < 1 and norm < float("inf"):
-            self._scale_gradients(factor)
+            _scale_gradients(self._buckets, factor)
             self._clip *= factor
         return norm
 
@@ -295,7 +290,7 @@ class DistributedMuon(torch.optim.Optimizer):
             Whether any rank's gradient has an inf or nan.
         """
         agreement = self._agree()
-        self._scale_gradients(inv_scale)
+        _scale_gradients(self._buckets, inv_scale)
         agreement.rescale(inv_scale)
         self._unscaled = True
         return agreement.nonfinite
@@ -311,17 +306,7 @@ class DistributedMuon(torch.optim.Optimizer):
             fp32, of the parameter's shape; zeros where no rank has a gradient.
         """
         self._agree()
-        record = next((p for p in self.sharded_parameters if p.name == name), None)
-        if record is None:
-            known = nearest(name, [p.name for p in self.sharded_parameters])
-            raise ValueError(f"{name!r} is no parameter of this optimizer: {known}")
-        whole = torch.zeros(record.param.numel(), dtype=torch.float32, device=record.param.device)
-        whole[record.start : record.stop] = record.grad
-        return self.collectives.all_reduce(whole, counted=False).view(record.param.shape)
-
-    def _scale_gradients(self, factor: float) -> None:
-        for bucket in self._buckets:
-            bucket.part.grad.mul_(factor)
+        return whole_gradient(name, self.sharded_parameters, self.collectives)
 
     # ---- parameters ----------------------------------------------------------------------------------
 
@@ -365,6 +350,8 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         if not self._closed:
             self._gatherer.wait()
+            if self._reducer is not None:
+                self._reducer.wait()
             self._release()
             self._closed = True
 
@@ -379,11 +366,7 @@ class DistributedMuon(torch.optim.Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._linked.adopt()
-        state = self._whole
-        if state is None:
-            state = export_state(self.sharded_parameters, self.param_groups, *self._place)
-            if self.collectives.size > 1 and self._steps:
-                warnings.warn(_ONE_SHARD.format(*self._place), stacklevel=2)
+        state = self._saved.export(stepped=self._steps > 0)
         for hook in self._optimizer_state_dict_post_hooks.values():
             state = hook(self, state) or state
         return state
@@ -395,7 +378,7 @@ class DistributedMuon(torch.optim.Optimizer):
         For frameworks that save one rank's `state_dict()`. It loads at any number of ranks.
         """
         self._linked.adopt()
-        self._whole = export_whole(self.sharded_parameters, self.param_groups, self.collectives)
+        self._saved.gather()
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -409,18 +392,11 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        if state_dict.get("whole"):
-            import_whole(self.sharded_parameters, self.param_groups, state_dict)
-        else:
-            import_state(self.sharded_parameters, self.param_groups, *self._place, state_dict)
+        self._saved.restore(state_dict)
         self._engine.rebind()
         self._linked.masters_restored()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        return self.collectives.rank, self.collectives.size
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: shards, homes and buckets are fixed there."""
@@ -459,6 +435,11 @@ def _cut(
     size = None if layout == "flat" else bucket_elements(bucket_mb, dp)
     buckets = cut_families(families, numels, dp, size, layout in ("auto", "aligned"))
     return buckets, cut_buckets(buckets, numels, dp)
+
+
+def _scale_gradients(buckets: Sequence[FlatBucket], factor: float) -> None:
+    for bucket in buckets:
+        bucket.part.grad.mul_(factor)
 
 
 def _copy_averaged_gradients(parameters: Sequence[OwnedParameter]) -> None:

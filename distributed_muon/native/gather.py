@@ -67,6 +67,11 @@ class ParameterGatherer:
         self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self.wait()))
         self.overlap = True
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a collective was started and not waited for."""
+        return bool(self._pending)
+
     def remove(self) -> None:
         """Take the hooks off the model."""
         for hook in self._hooks:

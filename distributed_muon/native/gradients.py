@@ -8,12 +8,15 @@ gradient of a bucket has landed in the last microbatch, its reduce-scatter start
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from distributed_muon.engine.collectives import Pending
+from distributed_muon.engine.collectives import Collectives, Pending
+from distributed_muon.engine.options import nearest
+from distributed_muon.engine.state import OwnedParameter
 from distributed_muon.engine.timing import StepTimer
 from distributed_muon.native.buckets import FlatBucket
 from distributed_muon.native.standin import MovedGradient
@@ -132,6 +135,15 @@ class GradientReducer:
 
     # ---- reduction -------------------------------------------------------------------------------------
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Only accumulate gradients inside."""
+        before, self.syncing = self.syncing, False
+        try:
+            yield
+        finally:
+            self.syncing = before
+
     def has_gradient(self, tensor: int) -> bool:
         """Whether this rank has a gradient of the tensor since the last zero_grad()."""
         return self._params[tensor].grad is not None
@@ -180,13 +192,17 @@ class GradientReducer:
         """
         while self._launched < len(self._buckets):
             self._launch(self._launched)
-        for index in list(self._pending):
-            self._wait(index)
+        self.wait()
         for tensor, param in enumerate(self._params):
             kept = param.grad is self._moved[tensor]
             if kept != self._sent[tensor] or (param.grad is not None and not kept):
                 self._stale[self._bucket_of[tensor]] = True
         return list(self._stale)
+
+    def wait(self) -> None:
+        """Wait for the reduce-scatters that have started."""
+        for index in list(self._pending):
+            self._wait(index)
 
     def reduce_again(self, buckets: Sequence[int]) -> None:
         """Repeat the reduce-scatter of the buckets that are stale on any rank."""
@@ -217,6 +233,11 @@ class GradientReducer:
         self._stale = [False] * len(self._buckets)
         self.closed = False
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a collective was started and not waited for."""
+        return bool(self._pending)
+
     def remove(self) -> None:
         """Take the hooks off the parameters, and the stand-ins out of p.grad."""
         _ALIVE.discard(self)
@@ -225,3 +246,13 @@ class GradientReducer:
         for param, moved in zip(self._params, self._moved, strict=True):
             if param.grad is moved:
                 param.grad = None
+
+
+def whole_gradient(name: str, parameters: Sequence[OwnedParameter], collectives: Collectives) -> Tensor:
+    """The mean gradient of the named parameter, fp32, in its shape; collective over the DP group."""
+    record = next((p for p in parameters if p.name == name), None)
+    if record is None:
+        raise ValueError(f"{name!r} is no parameter of this optimizer: {nearest(name, [p.name for p in parameters])}")
+    whole = torch.zeros(record.param.numel(), dtype=torch.float32, device=record.param.device)
+    whole[record.start : record.stop] = record.grad
+    return collectives.all_reduce(whole, counted=False).view(record.param.shape)

@@ -51,15 +51,20 @@ def take_over(named: Iterable[tuple[str, nn.Parameter]], optimizer: Any) -> None
 def release_later(optimizer: Any, hooked: Sequence[Any], collectives: Sequence[Collectives]) -> weakref.finalize:
     """Remove the hooks and give the process groups back when the optimizer is gone, or when called.
 
+    Groups with works under way, as after an error on one rank, are left to torch: other ranks may still need them,
+    and to wait for them here could take for ever.
+
     Args:
-        hooked: objects with `remove()`, or None; they must not refer to the optimizer.
+        hooked: objects with `remove()` and `under_way`, or None; they must not refer to the optimizer.
     """
 
     def release() -> None:
-        for part in filter(None, hooked):
+        parts = [part for part in hooked if part is not None]
+        for part in parts:
             part.remove()
-        for own in collectives:
-            own.close()
+        if not any(part.under_way for part in parts):
+            for own in collectives:
+                own.close()
 
     later = weakref.finalize(optimizer, release)
     later.atexit = False

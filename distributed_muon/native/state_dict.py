@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,51 @@ from distributed_muon.engine.options import describe_group
 from distributed_muon.engine.state import OwnedParameter
 
 FORMAT = 1
+_ONE_SHARD = (
+    "state_dict() of DistributedMuon holds the shard of rank {} of {} only: save it on every rank, call "
+    "optimizer.gather_state() on every rank before, or use distributed_muon.checkpoint.save()"
+)
+
+
+class SavedState:
+    """What `state_dict()` returns and `load_state_dict()` takes: one rank's shard, or the whole.
+
+    Args:
+        parameters, param_groups: of the optimizer. collectives: of the data-parallel group.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[OwnedParameter],
+        param_groups: Sequence[dict[str, Any]],
+        collectives: Collectives,
+    ) -> None:
+        self._parameters, self._groups, self._collectives = parameters, param_groups, collectives
+        self._place = (collectives.rank, collectives.size)
+        self.forget()
+
+    def forget(self) -> None:
+        """The whole state that was gathered is of the past."""
+        self._whole: dict[str, Any] | None = None
+
+    def gather(self) -> None:
+        """Bring the state of all ranks to rank 0; collective."""
+        self._whole = export_whole(self._parameters, self._groups, self._collectives)
+
+    def export(self, stepped: bool) -> dict[str, Any]:
+        """The whole state where it was gathered, else this rank's, which a warning says once there is any to lose."""
+        if self._whole is not None:
+            return self._whole
+        if self._collectives.size > 1 and stepped:
+            warnings.warn(_ONE_SHARD.format(*self._place), stacklevel=3)
+        return export_state(self._parameters, self._groups, *self._place)
+
+    def restore(self, state_dict: Mapping[str, Any]) -> None:
+        """Copy a state of either kind back."""
+        if state_dict.get("whole"):
+            import_whole(self._parameters, self._groups, state_dict)
+        else:
+            import_state(self._parameters, self._groups, *self._place, state_dict)
 
 
 def export_state(
