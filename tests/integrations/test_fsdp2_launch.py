@@ -56,21 +56,21 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
-@pytest.mark.timeout(300)  # two worlds, one after the other
+@pytest.mark.timeout(600)  # two worlds, one after the other
 def test_every_step_has_the_loss_of_the_plain_trainer(tmp_path: Path) -> None:
     """One rank with four microbatches, and two ranks with two under FSDP2; then HSDP takes the checkpoint over."""
     plain, sharded, resumed = tmp_path / "plain", tmp_path / "sharded", tmp_path / "resumed"
     words = [*flags(MOONLIGHT), "--log-to"]
-    run_ranks(train_plain, 1, [*words, "--accumulation", "4", "--run-dir", str(plain)], timeout=120)
+    run_ranks(train_plain, 1, [*words, "--accumulation", "4", "--run-dir", str(plain)], timeout=180)
     words += ["--accumulation", "2", "--checkpoint-interval", "6", "--keep-checkpoints", "9"]
     begin = [*words, "--run-dir", str(sharded), "--save-hf", str(tmp_path / "hf")]
-    run_ranks(train_sharded, 2, [begin], timeout=120)
+    run_ranks(train_sharded, 2, [begin], timeout=180)
     assert losses(sharded) == pytest.approx(losses(plain), abs=1e-4, rel=0)
     assert losses(sharded)[-1] < losses(sharded)[0] - 0.3
     assert (tmp_path / "hf" / "config.json").exists()
     (resumed / "checkpoints").mkdir(parents=True)
     (sharded / "checkpoints" / "step-00000006").rename(resumed / "checkpoints" / "step-00000006")
-    run_ranks(train_sharded, 2, [[*words, "--replicate", "2", "--run-dir", str(resumed), "--resume"]], timeout=120)
+    run_ranks(train_sharded, 2, [[*words, "--replicate", "2", "--run-dir", str(resumed), "--resume"]], timeout=180)
     assert losses(resumed) == pytest.approx(losses(plain)[6:], abs=1e-4, rel=0)
 
 
@@ -90,5 +90,5 @@ def run_example(rank: int, world: int) -> tuple[float, float]:
 
 
 def test_the_guides_example_trains() -> None:
-    for before, after in run_ranks(run_example, 2, timeout=120):
+    for before, after in run_ranks(run_example, 2, timeout=180):
         assert after < 0.9 * before
