@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from perf.bandwidth import algorithm_rate, overlap
 from perf.report.newton_schulz import shape_name
+from perf.sample_studies import read_results
 
 
 class Measurement(NamedTuple):
@@ -145,9 +146,8 @@ def _megatron(result: Any) -> Rows:
 
 
 def _samples(result: Mapping[str, Any]) -> Rows:
-    for row in result["rows"]:
-        for optimizer, finals in row["final"].items():
-            yield Measurement(f"{row['kind']} {row['size']}, {optimizer}", "loss", "", statistics.mean(finals))
+    for run, found in read_results(result).items():
+        yield Measurement(run.name, "loss", "", found["curve"][-1][1])
 
 
 def _run(result: Mapping[str, Any]) -> Rows:

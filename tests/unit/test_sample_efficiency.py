@@ -9,15 +9,18 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
 from launch.models import huggingface
 from perf import sample_efficiency, sample_runs, sample_studies
+from perf.report.measurements import measurements
 from perf.report.sample_efficiency import sample_efficiency_section, sample_efficiency_tile
 from perf.sample_efficiency import KeptRuns
 from perf.sample_runs import Run, build, fuse_qkv, hidden_matrices, make_optimizer, train
 from perf.sample_studies import MODELS, PARTS, bracket, compare, power_law, steps_to, tables, wanted
+from tests.torchrun import ROOT
 
 MACHINE = {"gpu": None, "cpu": "a CPU", "cores": 2, "threads_per_rank": 1, "versions": {}, "date": "2026-01-01",
            "command": "a command"}  # fmt: skip
@@ -89,6 +92,7 @@ def test_section_and_tile_show_the_runs() -> None:
     assert "<td>0.50</td><td>0.50 0.50 0.50</td><td>2.9200</td><td>-0.0800</td>" in body
     assert "Muon&#x27;s is higher in 7 of 21 matrices" in body
     assert "No part is complete yet" in sample_efficiency_section({"machine": MACHINE, "runs": []})[1]
+    assert measurements("sample_efficiency", content)[0] == ("dense-small-adamw-lr0.002-seed0", "loss", "", 3.0)
     tile = sample_efficiency_tile(content)
     assert tile == ("0.50", "of AdamW's steps to its loss at its best rate; dense small, 3 seeds")
 
@@ -134,6 +138,9 @@ class InThisProcess:
 def test_a_run_trains_and_measures(tmp_path: Path) -> None:
     run = Run(share=0.003, lr=4e-3)  # 12 steps
     first = train(run, tmp_path)
+    schema = json.loads((ROOT / "perf" / "results.schema.json").read_text(encoding="utf-8"))
+    jsonschema.validate({"machine": MACHINE, "runs": [json.loads(json.dumps(first))]},
+                        {**schema, "$ref": "#/$defs/sample_efficiency"})  # fmt: skip
     assert first["curve"][-1][0] == run.steps == 12 and first["curve"][-1][1] < first["curve"][0][1] < 5.6
     assert all(0.17 < moved < 0.19 for *_, moved in first["curve"])  # Newton-Schulz's 0.9 of the rule's 0.2
     assert first["newton_schulz_flops"] > 0 and len(first["entropy"]) == 14
