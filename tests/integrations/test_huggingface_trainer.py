@@ -20,6 +20,7 @@ def run(kind: str, folder: Path, *flags: object, launcher: tuple[str, ...] = TOR
     return run_to_end(words, launcher, limit=150)[0]
 
 
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("kind", ["trainer", "accelerate"])
 def test_equal_to_torch_under_ddp_and_after_a_resume(kind: str, tmp_path: Path) -> None:
     """Rows 40, 41 and 56: 20 steps with accumulation 4 and clipping; then anew from step 10, on 2 ranks and on 1."""
