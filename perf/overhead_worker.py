@@ -62,11 +62,36 @@ def counted_calls(calls: Counter[str]) -> Iterator[None]:
         sys.setprofile(None)
 
 
-def measure_steps(optimizer: DistributedMuon, params: list[nn.Parameter], steps: int) -> dict[str, Any]:
-    """Medians of the steps after two that warm up, and the Python calls of one more."""
+class GroupSeconds:
+    """Seconds inside a process group's collectives: the fake one copies this rank's part to where all ranks' belong."""
+
+    METHODS = ("all_gather_single", "_allgather_base", "reduce_scatter_single", "_reduce_scatter_base", "alltoall_base",
+               "allreduce")  # fmt: skip
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        for name in self.METHODS:
+            if hasattr(dist.ProcessGroup, name):
+                setattr(dist.ProcessGroup, name, self._timed(getattr(dist.ProcessGroup, name)))
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return method(*args, **options)
+            finally:
+                self.total += time.perf_counter() - begin
+
+        return timed
+
+
+def measure_steps(
+    optimizer: DistributedMuon, params: list[nn.Parameter], steps: int, group: GroupSeconds | None = None
+) -> dict[str, Any]:
+    """Medians of the steps after two that warm up, and the Python calls of one more; copies of `group` apart."""
     generator = torch.Generator().manual_seed(1)
     grads = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
-    seconds: dict[str, list[float]] = {"backward": [], "step": [], "orthogonalizing": []}
+    seconds: dict[str, list[float]] = {"backward": [], "step": [], "orthogonalizing": [], "copying": []}
 
     def backward() -> None:
         _Gradients.apply([grad.clone() for grad in grads], *params).backward()
@@ -75,18 +100,20 @@ def measure_steps(optimizer: DistributedMuon, params: list[nn.Parameter], steps:
         marks = [time.perf_counter()]
         backward()
         marks.append(time.perf_counter())
+        copied = group.total if group else 0.0
         optimizer.step()
         marks.append(time.perf_counter())
         optimizer.zero_grad()
         for name, value in zip(("backward", "step"), (marks[1] - marks[0], marks[2] - marks[1]), strict=True):
             seconds[name].append(value)
+        seconds["copying"].append((group.total if group else 0.0) - copied)
         seconds["orthogonalizing"].append(optimizer.local_report()["seconds"].get("newton_schulz", 0.0))
     backward()
     calls: Counter[str] = Counter()
     with counted_calls(calls):
         optimizer.step()
     timed = {name: values[2:] for name, values in seconds.items()}
-    host = [step - work for step, work in zip(timed["step"], timed["orthogonalizing"], strict=True)]
+    host = [a - b - c for a, b, c in zip(timed["step"], timed["orthogonalizing"], timed["copying"], strict=True)]
     return {
         "seconds": {name: statistics.median(values) for name, values in {**timed, "host": host}.items()},
         "matrices": len(optimizer.plan.layout.matrices),
@@ -122,7 +149,8 @@ def steps_of_one_rank_of_many(steps: int) -> dict[str, Any]:
             bucket_mb=bucket_elements(None, RANKS) / SHRINK**2 / 2**18,
             ns_steps=1,
         )
-        return measure_steps(optimizer, [param for named in groups.values() for _, param in named], steps)
+        params = [param for named in groups.values() for _, param in named]
+        return measure_steps(optimizer, params, steps, GroupSeconds())
 
 
 def construction(repeats: int) -> dict[str, Any]:
