@@ -5,8 +5,8 @@
 Every contender steps the same model after `fully_shard`, from the same sharded gradients; none moves parameters, which
 FSDP2 does in the next forward. Contenders take turns within a round; medians are printed. Beside them, of the rank that
 has most: collectives (counted by torch's CommDebugMode; on gloo our all-to-alls are messages, each counted as one
-collective), bytes sent (counted at torch.distributed; 0 where only
-DTensor's own operators communicate, which the counter does not see), bytes of state, transient bytes, and matrices orthogonalized.
+collective), bytes sent (counted at torch.distributed; 0 where only DTensor's own operators communicate, which the
+counter does not see), bytes of state, transient bytes, and matrices orthogonalized.
 
 The second table is the traffic of one training step: what FSDP2 itself sends in forward and backward, and what the
 step adds when rows of every matrix are cut over the ranks, and when matrices of one shape are kept whole by stacking
