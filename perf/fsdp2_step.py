@@ -5,7 +5,8 @@
 Every contender steps the same model after `fully_shard`, from the same sharded gradients; none moves parameters, which
 FSDP2 does in the next forward. Contenders take turns within a round; medians are printed. Beside them, of the rank that
 has most: collectives (counted by torch's CommDebugMode; on gloo our all-to-alls are messages, each counted as one
-collective), bytes sent (counted at torch.distributed), bytes of state, transient bytes, and matrices orthogonalized.
+collective), bytes sent (counted at torch.distributed; 0 where only DTensor's own operators communicate, which the
+counter does not see), bytes of state, transient bytes, and matrices orthogonalized.
 
 The second table is the traffic of one training step: what FSDP2 itself sends in forward and backward, and what the
 step adds when rows of every matrix are cut over the ranks, and when matrices of one shape are kept whole by stacking
@@ -17,18 +18,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from distributed_muon import Experts
+from distributed_muon.engine.collectives import all_gather_single, reduce_scatter_single
 from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from launch.environment import describe_machine
 from launch.world import World, open_world
@@ -175,6 +177,27 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(t.numel() * t.element_size() for t in (t.to_local() if isinstance(t, DTensor) else t for t in tensors))
 
 
+class CountedComm:
+    """FSDP2's own collective with the bytes it sends from this rank counted into `sent`.
+
+    Args:
+        collective: all-gather or reduce-scatter of torch.distributed. whole: which argument is the whole tensor.
+    """
+
+    def __init__(self, collective: Callable[..., Any], whole: int, sent: list[int]) -> None:
+        self._collective, self._whole, self._sent = collective, whole, sent
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As FSDP2 does by default."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(self, output_tensor: Tensor, input_tensor: Tensor, **options: Any) -> Any:
+        """The collective, of which (size - 1) / size of the whole tensor leaves this rank."""
+        whole, size = (output_tensor, input_tensor)[self._whole], options["group"].size()
+        self._sent.append(whole.numel() * whole.element_size() * (size - 1) // size)
+        return self._collective(output_tensor, input_tensor, **options)
+
+
 def traffic(layers: int, mesh: DeviceMesh, world: World) -> dict[str, dict[str, int]]:
     """Bytes this rank sends in one training step, by FSDP2 and by the optimizer, for either way of cutting."""
     out = {}
@@ -183,13 +206,16 @@ def traffic(layers: int, mesh: DeviceMesh, world: World) -> dict[str, dict[str, 
         model = sharded(block, layers, mesh, mp_policy=policy)
         matrices = {"matrices": Experts()} if block is StackedBlock else {}
         optimizer = FullyShardedMuon([{"params": list(model.named_parameters()), **matrices}], lr=1e-3)
-        with WireCounter() as wire:
-            wire.on = True
-            model(torch.ones(2, 1024, device=world.device)).sum().backward()
+        own: list[int] = []
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_custom_all_gather(CountedComm(all_gather_single, 0, own))
+                module.set_custom_reduce_scatter(CountedComm(reduce_scatter_single, 1, own))
+        model(torch.ones(2, 1024, device=world.device)).sum().backward()
         optimizer.step()
         sent = optimizer.local_report()["bytes"]
         (plan,) = optimizer.plans
-        counts = [wire.sent.total(), sent.get("all_to_all", 0), plan.exchange_bytes_by_rank[world.rank]]
+        counts = [sum(own), sent.get("all_to_all", 0), plan.exchange_bytes_by_rank[world.rank]]
         out[name] = dict(zip(("fsdp2", "exchange", "exchange_predicted"), largest(counts, world), strict=True))
     return out
 
@@ -200,7 +226,10 @@ def print_result(rows: list[dict[str, Any]], moved: dict[str, dict[str, int]]) -
     print(f"{'':20s} {'seconds':>8s} {'x ours':>7s} {'collectives':>12s} {'sent':>10s} {'state':>10s} "
           f"{'transient':>10s} {'NS':>4s}")  # fmt: skip
     for row in rows:
-        sizes = " ".join(f"{row[f'{key}_bytes'] / mib:6.1f} MiB" for key in ("sent", "state", "transient"))
+        sizes = " ".join(
+            f"{row[f'{key}_bytes'] / mib:6.1f} MiB" if row[f"{key}_bytes"] else f"{'unknown':>10s}"
+            for key in ("sent", "state", "transient")
+        )
         print(f"{row['name']:20s} {row['seconds']:8.3f} {row['seconds'] / rows[0]['seconds']:7.2f} "
               f"{row['collectives']:12d} {sizes} {row['ns_calls']:4d}")  # fmt: skip
     print("bytes sent per rank in one training step, MiB")
