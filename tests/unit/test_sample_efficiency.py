@@ -92,7 +92,8 @@ def test_section_and_tile_show_the_runs() -> None:
     assert "<td>0.50</td><td>0.50 0.50 0.50</td><td>2.9200</td><td>-0.0800</td>" in body
     assert "Muon&#x27;s is higher in 7 of 21 matrices" in body
     assert "No part is complete yet" in sample_efficiency_section({"machine": MACHINE, "runs": []})[1]
-    assert measurements("sample_efficiency", content)[0] == ("dense-small-adamw-lr0.002-seed0", "loss", "", 3.0)
+    row = measurements("sample_efficiency", content)[0]
+    assert row.row == "dense-small-adamw-lr0.001-seed0" and row.value == pytest.approx(3.1)
     tile = sample_efficiency_tile(content)
     assert tile == ("0.50", "of AdamW's steps to its loss at its best rate; dense small, 3 seeds")
 
