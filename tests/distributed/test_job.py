@@ -150,7 +150,7 @@ def test_exit_after_saves_and_says_so_to_the_scheduler(tmp_path: Path) -> None:
     command = [sys.executable, "-m", *JOB, *words, "--stop-code", "75"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=LIMIT, check=False)
     assert done.returncode == 75, done.stderr
-    step = int(next((tmp_path / "run" / "checkpoints").iterdir()).name.removeprefix("step-"))
+    step = int(max(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()).removeprefix("step-"))
     assert stop.read_text() == f"stopped after step {step} of 100000\n"
 
 
