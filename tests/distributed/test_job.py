@@ -194,7 +194,7 @@ def test_clocks_of_ranks_meet_in_the_trace(profiled: tuple[Path, str]) -> None:
     spans.sort(key=lambda event: event["ts"])
     for one, other in zip(spans[::2], spans[1::2], strict=True):
         assert one["pid"] != other["pid"]
-        assert other["ts"] < one["ts"] + one["dur"] + 2000  # microseconds, of a busy machine
+        assert other["ts"] < one["ts"] + one["dur"] + 50_000  # microseconds: a busy machine may hold a rank back
 
 
 def test_metrics_compare_the_ranks_and_tell_mfu(profiled: tuple[Path, str]) -> None:
