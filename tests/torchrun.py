@@ -48,7 +48,7 @@ def job(words: Sequence[object], launcher: Sequence[str] = TORCHRUN) -> Iterator
         process.communicate()
 
 
-def run_to_end(words: Sequence[object], launcher: Sequence[str] = TORCHRUN, limit: float = 60) -> tuple[Any, str]:
+def run_to_end(words: Sequence[object], launcher: Sequence[str] = TORCHRUN, limit: float = 150) -> tuple[Any, str]:
     """Run a job that has to succeed within `limit` seconds; the JSON it prints last, and all it prints."""
     with job(words, launcher) as process:
         out, err = process.communicate(timeout=limit)
