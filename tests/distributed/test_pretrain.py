@@ -139,7 +139,8 @@ def test_a_run_reports_and_leaves_its_files(straight):
     assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert [step for step, _ in RunDirectory(run_dir, ONE, 2).checkpoints()] == [3, 6]
     lines = out.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("step") and "loss" in line] == ["2/6", "4/6", "4", "6/6", "6"]
+    told = [line.split()[1] for line in lines if line.startswith("step") and "loss" in line]
+    assert told == ["2/6", "4/6", "4", "6/6", "6"]
     assert sum(line.startswith("{") for line in lines) == 1  # one rank speaks
 
 
