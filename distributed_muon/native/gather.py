@@ -33,7 +33,6 @@ class ParameterGatherer:
         """Start the all-gather of one bucket; collective over the DP group."""
         self._pending[index] = self._buckets[index].all_gather()
 
-    @torch.compiler.disable
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the buckets' all-gathers that are under way, all of them if None."""
         if not self._pending:
@@ -60,10 +59,11 @@ class ParameterGatherer:
                     "its parameters: call overlap_param_gather() first, then torch.compile"
                 )
         bucket_of = {id(self._params[t]): i for i, b in enumerate(self._buckets) for t in b.spec.tensors}
+        wait = torch.compiler.disable(self.wait)  # here, for it imports the compiler
         for block, members in _blocks(model):
             needs = sorted({bucket_of[id(p)] for m in members for p in m.parameters(False) if id(p) in bucket_of})
             if needs:
-                self._hooks.append(block.register_forward_pre_hook(lambda *_, needs=needs: self.wait(needs)))
+                self._hooks.append(block.register_forward_pre_hook(lambda *_, needs=needs: wait(needs)))
         self._hooks.append(model.register_state_dict_pre_hook(lambda *_: self.wait()))
         self.overlap = True
 
