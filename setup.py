@@ -7,10 +7,11 @@ from setuptools import find_packages, setup
 PLOT = ["matplotlib>=3.8"]
 DEEPSPEED = ["deepspeed>=0.19.8"]
 MEGATRON = ["megatron-core>=0.16.1", "psutil"]
-TRAIN = ["tokenizers>=0.20", "safetensors>=0.4.3", "rich>=13.0", "tensorboard>=2.14", "PyYAML>=6.0", *PLOT]
+TRAIN = ["tokenizers>=0.20", "rich>=13.0", "tensorboard>=2.14", "PyYAML>=6.0", *PLOT]
 PEERS = ["muon-fsdp2>=0.3", "dtensor-muon>=0.1; python_version >= '3.11'"]  # that perf.step compares with
 TEST = [
     "accelerate>=1.0",
+    "hypothesis>=6.100",
     "jsonschema>=4.20",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
@@ -30,7 +31,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["distributed_muon", "distributed_muon.*", "launch", "launch.*", "perf", "perf.*"]),
-    install_requires=["torch>=2.8", "numpy"],
+    install_requires=["torch>=2.8", "numpy", "safetensors>=0.4.3"],
     extras_require={
         "deepspeed": DEEPSPEED,
         "megatron": MEGATRON,
