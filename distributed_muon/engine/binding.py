@@ -15,7 +15,7 @@ from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.exchange import Shipment
 from distributed_muon.engine.state import OwnedParameter, Part
 from distributed_muon.engine.update import lr_ratio
-from distributed_muon.engine.views import Span, Window, merge
+from distributed_muon.engine.views import Span, Window, cached, merge
 from distributed_muon.engine.workspace import Slot, Workspace
 from distributed_muon.layout.pieces import Piece, Shard
 from distributed_muon.layout.plan import Plan, Wave
@@ -163,9 +163,9 @@ class Binding:
                 before = key
         self.flat, self.adamw = [], []
         for (group, step), spans in runs.items():
-            views = Views(group, spans)
+            views = Views(group, list(_in_cache(spans, self._parts)))
             (self.flat if step is None else self.adamw).append(views)
-            views.steps = [torch.tensor(step) for _ in spans] if step is not None else []
+            views.steps = [torch.tensor(step) for _ in views.spans] if step is not None else []
             views.bind(self._parts)
         counted = (p for p in self._owned if self._active[p.tensor] and "step" in p.state)
         self.adamw_steps = [p.state["step"] for p in counted]
@@ -232,7 +232,10 @@ class Binding:
                 spans = by_group[self._owned[self._tensor_of[piece.matrix]].group]
                 spans.append(Span(piece.rows, piece.cols, (Window(*self._source(piece), piece.stride), first)))
                 again += [Span(piece.rows, piece.cols, (other, first)) for other in others]
-        packed = [self._with_others(group, spans, slot.held, slot) for group, spans in by_group.items()]
+        packed = [
+            self._with_others(group, list(_in_cache(merge(spans), self._parts)), slot.held, slot)
+            for group, spans in by_group.items()
+        ]
         return packed, _pair(merge(again), slot.held, slot)
 
     def _moved(
@@ -257,10 +260,13 @@ class Binding:
                 result = self._at_home(piece, homes) if piece.matrix in homes else arrived[piece]
                 window = Window(*self._source(piece), piece.stride)
                 by_rule[group, ratio].append(Span(piece.rows, piece.cols, (window, result)))
-        return [(ratio, self._with_others(group, spans, slot.held, slot)) for (group, ratio), spans in by_rule.items()]
+        return [
+            (ratio, self._with_others(group, merge(spans), slot.held, slot))
+            for (group, ratio), spans in by_rule.items()
+        ]
 
     def _with_others(self, group: int, spans: list[Span], wire: Tensor, slot: Slot) -> Views:
-        views = Views(group, merge(spans))
+        views = Views(group, spans)
         views.others = [span.view(1, _base(span.windows[1], wire, slot)) for span in views.spans]
         return views
 
@@ -285,6 +291,11 @@ def _on_wire(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Window]]:
         at += piece.numel
 
 
+def _in_cache(runs: Sequence[Span], parts: Sequence[Part]) -> Iterator[Span]:
+    for run in runs:
+        yield from cached(run, parts[run.windows[0].base].master.device)
+
+
 def _base(window: Window, wire: Tensor, slot: Slot) -> Tensor:
     return wire if window.base == _WIRE else slot.matrices
 
@@ -304,12 +315,13 @@ class ShardGradients:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
-        self._spans = merge(
+        runs = merge(
             Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
             for number, part in enumerate(parts)
             for shard, offset in zip(part.shards, part.offsets, strict=True)
             if not shard.replica
         )
+        self._spans = list(_in_cache(runs, parts))
         self._places: list[int] = []
         self._views: list[Tensor] = []
 

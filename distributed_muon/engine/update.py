@@ -48,7 +48,11 @@ def pack_momentum(
     Args:
         grads, momenta: fp32, not written. targets: of the wire's dtype, equal shapes.
     """
-    torch._foreach_copy_(targets, torch._foreach_lerp(grads, momenta, mu) if nesterov else momenta)
+    if nesterov and targets and momenta[0].device.type == "cpu":  # one temporary at a time: it stays in the cache
+        for grad, momentum, target in zip(grads, momenta, targets, strict=True):
+            target.copy_(torch.lerp(grad, momentum, mu))
+    else:
+        torch._foreach_copy_(targets, torch._foreach_lerp(grads, momenta, mu) if nesterov else momenta)
 
 
 def decay(masters: Sequence[Tensor], lr: float, weight_decay: float) -> None:

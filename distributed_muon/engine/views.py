@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+# Elements of the four tensors of an AdamW update that a core's cache holds at a time.
+_CACHE = 1 << 16
 
 
 class Window(NamedTuple):
@@ -30,6 +34,16 @@ class Span(NamedTuple):
         if self.rows == 1:
             return tensor.narrow(0, offset, self.cols)
         return tensor.as_strided((self.rows, self.cols), (stride, 1), tensor.storage_offset() + offset)
+
+
+def cached(run: Span, device: torch.device) -> Iterator[Span]:
+    """A run, on the CPU in lengths that stay in a core's cache from one operation to the next."""
+    if run.rows > 1 or device.type != "cpu":
+        yield run
+        return
+    for at in range(0, run.cols, _CACHE):
+        windows = tuple(Window(base, offset + at, stride) for base, offset, stride in run.windows)
+        yield Span(1, min(_CACHE, run.cols - at), windows)
 
 
 def merge(spans: Iterable[Span]) -> list[Span]:
