@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.engine.state import Part
@@ -37,12 +38,11 @@ class FlatBucket:
         own_gradients: bool,
     ) -> None:
         self.spec, self._collectives = spec, collectives
-        self._members = [(params[tensor], names[tensor], at) for tensor, at in zip(*spec[:2], strict=True)]
+        self._members = [(params[tensor], names[tensor]) for tensor in spec.tensors]
         first, size = self._members[0][0], spec.numel // collectives.size
         self.flat = torch.zeros(spec.numel, dtype=first.dtype, device=first.device)
         self._places: list[int] = [0] * len(self._members)
-        for number in range(len(self._members)):
-            self._link(number)
+        self._link(enumerate(self._views(self.flat)))
         begin = collectives.rank * size
         place = dict(zip(spec.tensors, spec.offsets, strict=True))
         offsets = [place[shard.tensor] + shard.start - begin for shard in shards]
@@ -51,17 +51,20 @@ class FlatBucket:
         self.grad = torch.zeros(spec.numel, dtype=torch.float32, device=first.device) if own_gradients else None
 
     @torch.no_grad()
-    def _link(self, number: int) -> None:
-        """Copy a parameter's values into the bucket and give it that memory, as a tensor of its own.
+    def _link(self, views: Iterable[tuple[int, Tensor]]) -> None:
+        """Copy parameters' values into the bucket and give them that memory, each as a tensor of its own.
 
         A view would share its storage with all parameters of the bucket, and savers take what shares storage for
         tied weights. Through DLPack the parameter gets a storage of its own over the same memory.
+
+        Args:
+            views: (number of the member, its view of `flat`).
         """
-        param, _, offset = self._members[number]
-        view = self.flat.narrow(0, offset, param.numel()).view(param.shape)
-        view.copy_(param)
-        param.data = torch.from_dlpack(view)
-        self._places[number] = param.data_ptr()
+        for number, view in views:
+            param, _ = self._members[number]
+            view.copy_(param)
+            param.data = from_dlpack(to_dlpack(view))
+            self._places[number] = param.data_ptr()
 
     def link_again(self) -> bool:
         """Take back parameters that were given other memory, with the values they have there.
@@ -72,24 +75,36 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter was moved to another dtype, device or shape.
         """
-        moved = False
-        for number, (param, name, _) in enumerate(self._members):
-            if param.data_ptr() == self._places[number] and param.dtype == self.flat.dtype:
-                continue
-            if param.dtype != self.flat.dtype or param.device != self.flat.device:
+        dtype = self.flat.dtype
+        moved = [
+            number
+            for number, ((param, _), place) in enumerate(zip(self._members, self._places, strict=True))
+            if param.data_ptr() != place or param.dtype != dtype
+        ]
+        for param, name in (self._members[number] for number in moved):
+            if param.dtype != dtype or param.device != self.flat.device:
                 raise RuntimeError(
                     f"parameter {name!r} is now {param.dtype} on {param.device}, the optimizer was built for "
-                    f"{self.flat.dtype} on {self.flat.device}: move the model first, then build DistributedMuon"
+                    f"{dtype} on {self.flat.device}: move the model first, then build DistributedMuon"
                 )
-            self._link(number)
-            moved = True
-        return moved
+        if moved:
+            views = self._views(self.flat)
+            self._link((number, views[number]) for number in moved)
+        return bool(moved)
 
     def gradient_views(self) -> Iterator[tuple[int, Tensor]]:
         """(tensor number, its flat gradient in the parameter's shape)."""
         assert self.grad is not None
-        for tensor, (param, _, offset) in zip(self.spec.tensors, self._members, strict=True):
-            yield tensor, self.grad.narrow(0, offset, param.numel()).view(param.shape)
+        return zip(self.spec.tensors, self._views(self.grad), strict=True)
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """Every member's elements of `flat`, in its shape."""
+        lengths, at = [], 0
+        for (param, _), offset in zip(self._members, self.spec.offsets, strict=True):
+            lengths += [offset - at, param.numel()]  # padding, then the parameter
+            at = offset + param.numel()
+        views = flat.split([*lengths, flat.numel() - at])[1::2]
+        return [view.view(param.shape) for view, (param, _) in zip(views, self._members, strict=True)]
 
     def copies_gradient(self, dtype: torch.dtype) -> bool:
         """Whether a reduce-scatter in `dtype` holds a copy of the bucket while it is under way."""
