@@ -13,6 +13,7 @@ TEST = [
     "accelerate>=1.0",
     "hypothesis>=6.100",
     "jsonschema>=4.20",
+    "peft>=0.17",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
     "ruff>=0.6",

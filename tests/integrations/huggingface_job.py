@@ -1,6 +1,9 @@
-"""transformers' Trainer or Accelerate on a small Llama under torchrun; rank 0 prints the losses and a digest.
+"""transformers' Trainer and Accelerate on a small Llama under torchrun; rank 0 prints losses and a digest per case.
 
-torchrun --nproc_per_node 2 -m tests.integrations.huggingface_job --kind trainer --steps 6
+torchrun --nproc_per_node 2 -m tests.integrations.huggingface_job --steps 6 trainer reference trainer+bf16+lora
+
+A case is who trains ("trainer", "accelerate", or torch's optimizers: "trainer-reference", "accelerate-reference"), then
+what the model has.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ import argparse
 import hashlib
 import json
 import os
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_callback import TrainerCallback
@@ -32,10 +37,10 @@ class TorchMuon(torch.optim.Optimizer):
         by_algorithm: dict[str, list[nn.Parameter]] = {"muon": [], "adamw": []}
         for group in muon_param_groups(model):
             by_algorithm[group["algorithm"]] += [param for _, param in group["params"]]
-        self.parts = [
-            torch.optim.Muon(by_algorithm["muon"], lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(by_algorithm["adamw"], lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999)),
-        ]
+        muon, adamw = by_algorithm["muon"], by_algorithm["adamw"]
+        self.parts = [torch.optim.Muon(muon, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+        if adamw:  # LoRA trains matrices only
+            self.parts += [torch.optim.AdamW(adamw, lr=lr, weight_decay=weight_decay, betas=(0.9, 0.999))]
         super().__init__([p for group in by_algorithm.values() for p in group], {"lr": lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
@@ -77,9 +82,9 @@ class ReferenceTrainer(MuonTrainer):
         Trainer.save_model(self, output_dir, _internal_call)
 
 
-def by_trainer(args: argparse.Namespace, model: nn.Module) -> list[float]:
+def by_trainer(args: argparse.Namespace, words: list[str], model: nn.Module) -> list[float]:
     arguments = TrainingArguments(
-        output_dir=args.folder,
+        output_dir=str(Path(args.folder, "+".join(words))),
         per_device_train_batch_size=8 // int(os.environ["WORLD_SIZE"]),
         gradient_accumulation_steps=4,
         max_steps=args.steps,
@@ -90,8 +95,8 @@ def by_trainer(args: argparse.Namespace, model: nn.Module) -> list[float]:
         save_strategy="steps" if args.save else "no",
         save_steps=args.save or 500,
         lr_scheduler_type="constant",
-        bf16=args.bf16,
-        gradient_checkpointing=args.checkpointing,
+        bf16="bf16" in words,
+        gradient_checkpointing="checkpointing" in words,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
@@ -99,7 +104,7 @@ def by_trainer(args: argparse.Namespace, model: nn.Module) -> list[float]:
         ddp_find_unused_parameters=False,
     )
     losses = Losses()
-    kind = ReferenceTrainer if args.kind == "reference" else MuonTrainer
+    kind = ReferenceTrainer if words[0] == "trainer-reference" else MuonTrainer
     trainer = kind(
         model=model, args=arguments, train_dataset=Tokens(), callbacks=[losses], muon={"ns_form": "standard"}
     )
@@ -107,22 +112,22 @@ def by_trainer(args: argparse.Namespace, model: nn.Module) -> list[float]:
     return losses.seen
 
 
-def by_accelerate(args: argparse.Namespace, model: nn.Module) -> list[float]:
+def by_accelerate(args: argparse.Namespace, words: list[str], model: nn.Module) -> list[float]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     loader = torch.utils.data.DataLoader(Tokens(), batch_size=8 // accelerator.num_processes)
-    if args.kind == "accelerate-reference":
+    if words[0] == "accelerate-reference":
         optimizer = TorchMuon(model, 0.02, 0.1)
     else:
         optimizer = ddp_optimizer(model, lr=0.02, weight_decay=0.1, betas=(0.9, 0.999), ns_form="standard")
         save_with(accelerator, optimizer)
     model, wrapped, loader = accelerator.prepare(model, optimizer, loader)
-    folder = str(Path(args.folder, "accelerate"))
+    folder = str(Path(args.folder, "+".join(words)))
     done = 0
     if args.resume:
         accelerator.load_state(folder)
         done = args.save
     losses: list[float] = []
-    for number, batch in enumerate(loader):
+    for number, batch in enumerate(chain.from_iterable(repeat(loader))):
         if number < 4 * done:
             continue
         with accelerator.accumulate(model):
@@ -141,35 +146,37 @@ def by_accelerate(args: argparse.Namespace, model: nn.Module) -> list[float]:
     return losses
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--kind", choices=("trainer", "reference", "accelerate", "accelerate-reference"))
-    parser.add_argument("--folder", default="runs/huggingface")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--save", type=int, default=0)
-    for flag in ("--resume", "--bf16", "--tied", "--checkpointing"):
-        parser.add_argument(flag, action="store_true")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    set_seed(0)
+def llama(tied: bool, lora: bool) -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            num_key_value_heads=1,
-            max_position_embeddings=LENGTH,
-            tie_word_embeddings=args.tied,
-            **sizes,
-        )
-    )
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    losses = by_accelerate(args, model) if "accelerate" in args.kind else by_trainer(args, model)
+    rest = {"num_key_value_heads": 1, "max_position_embeddings": LENGTH, "tie_word_embeddings": tied}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **rest))
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "up_proj"])) if lora else model
+
+
+def run_case(args: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+    set_seed(0)
+    model = llama("tied" in words, "lora" in words)
+    losses = (by_accelerate if "accelerate" in words[0] else by_trainer)(args, words, model)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     digests: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(digests, digest)
+    return {"losses": losses, "digest": digest, "same": len(set(digests)) == 1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("cases", nargs="+")
+    parser.add_argument("--folder", default="runs/huggingface")
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--save", type=int, default=0)
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    results = {case: run_case(args, case.split("+")) for case in args.cases}
     if dist.get_rank() == 0:
-        print(json.dumps({"losses": losses, "digest": digest, "same": len(set(digests)) == 1}), flush=True)
+        print(json.dumps(results), flush=True)
     dist.destroy_process_group()
 
 

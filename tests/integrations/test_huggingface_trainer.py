@@ -4,43 +4,51 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+pytest.importorskip("peft")
 
 from tests.torchrun import TORCHRUN, run_to_end
 
 ONE = tuple("1" if word == "2" else word for word in TORCHRUN)
 
 
-def run(kind: str, folder: Path, *flags: object, launcher: tuple[str, ...] = TORCHRUN) -> dict:
-    words = ["tests.integrations.huggingface_job", "--kind", kind, "--folder", folder, *flags]
-    return run_to_end(words, launcher, limit=150)[0]
+def run(folder: Path, *words: object, launcher: tuple[str, ...] = TORCHRUN) -> dict[str, Any]:
+    """Results by case."""
+    return run_to_end(["tests.integrations.huggingface_job", "--folder", folder, *words], launcher, limit=150)[0]
+
+
+def same_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return ours["losses"] == pytest.approx(theirs["losses"], abs=1e-6)
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("kind", ["trainer", "accelerate"])
-def test_equal_to_torch_under_ddp_and_after_a_resume(kind: str, tmp_path: Path) -> None:
+def test_equal_to_torch_under_ddp_and_after_a_resume(tmp_path: Path) -> None:
     """Rows 40, 41 and 56: 20 steps with accumulation 4 and clipping; then anew from step 10, on 2 ranks and on 1."""
-    reference = {"trainer": "reference", "accelerate": "accelerate-reference"}[kind]
-    steps = ("--steps", 20 if kind == "trainer" else 8, "--save", 10 if kind == "trainer" else 4)
-    ours, theirs = run(kind, tmp_path / "ours", *steps), run(reference, tmp_path / "theirs", "--steps", steps[1])
-    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-6) and len(ours["losses"]) == steps[1]
-    assert ours["same"], "replicas"
-    if kind == "trainer":
-        shutil.rmtree(tmp_path / "ours" / "checkpoint-20")
-    again = run(kind, tmp_path / "ours", *steps, "--resume")
-    assert again["digest"] == ours["digest"] and again["losses"] == ours["losses"][-len(again["losses"]) :]
-    if kind == "trainer":
-        shutil.rmtree(tmp_path / "ours" / "checkpoint-20")
-        alone = run(kind, tmp_path / "ours", *steps, "--resume", launcher=ONE)
-        assert alone["losses"] == pytest.approx(again["losses"], abs=2e-2), "as many samples in another order of sums"
+    steps = ("--steps", 20, "--save", 10)
+    first = run(tmp_path, *steps, "trainer", "trainer-reference", "accelerate", "accelerate-reference")
+    for kind in ("trainer", "accelerate"):
+        ours, theirs = first[kind], first[f"{kind}-reference"]
+        assert same_losses(ours, theirs) and len(ours["losses"]) == 20
+        assert ours["same"], "replicas"
+    shutil.rmtree(tmp_path / "trainer" / "checkpoint-20")
+    again = run(tmp_path, *steps, "--resume", "trainer", "accelerate")
+    for kind in ("trainer", "accelerate"):
+        assert again[kind]["digest"] == first[kind]["digest"]
+        assert again[kind]["losses"] == first[kind]["losses"][-10:]
+    shutil.rmtree(tmp_path / "trainer" / "checkpoint-20")
+    alone = run(tmp_path, *steps, "--resume", "trainer", launcher=ONE)["trainer"]
+    assert alone["losses"] == pytest.approx(again["trainer"]["losses"], abs=2e-2), "as many samples, other sums"
 
 
-def test_bf16_tied_and_checkpointed(tmp_path: Path) -> None:
-    """Autocast, a tied head and recomputed activations, against torch's optimizers."""
-    flags = ("--steps", 3, "--bf16", "--tied", "--checkpointing")
-    ours, theirs = run("trainer", tmp_path / "ours", *flags), run("reference", tmp_path / "theirs", *flags)
-    assert ours["losses"] == pytest.approx(theirs["losses"], abs=1e-6)
+@pytest.mark.timeout(200)
+def test_autocast_tied_heads_recomputation_and_lora(tmp_path: Path) -> None:
+    """Against torch's optimizers, three steps each; LoRA leaves the base frozen and trains its thin factors."""
+    variants = ("bf16+tied+checkpointing", "lora")
+    found = run(tmp_path, "--steps", 3, *(f"trainer{kind}+{v}" for v in variants for kind in ("", "-reference")))
+    for variant in variants:
+        assert same_losses(found[f"trainer+{variant}"], found[f"trainer-reference+{variant}"])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from distributed_muon.layout.matrices import QKV, Conv, Experts, Split, Whole
 from distributed_muon.param_groups import audit, format_audit, muon_param_groups
@@ -322,3 +323,14 @@ def test_audit_table():
     assert lines[-1] == (
         "total: muon: 12 parameters, 34 matrices, 1,664 elements; adamw: 14 parameters, 1,088 elements"
     )
+
+
+def test_weight_norm_asks_the_module_it_parametrizes():
+    """Row 46: the weights lie in a list inside of the module, whose type would say nothing."""
+    model = nn.Module()
+    model.tokens = weight_norm(nn.Embedding(10, 4))
+    model.proj = weight_norm(nn.Linear(4, 6))
+    decided = {row.name: (row.algorithm, row.reason) for row in audit(model)}
+    assert decided["tokens.parametrizations.weight.original1"] == ("adamw", "embedding (ParametrizedEmbedding)")
+    assert decided["proj.parametrizations.weight.original1"] == ("muon", "matrix (ParametrizedLinear)")
+    assert decided["proj.parametrizations.weight.original0"] == ("adamw", "vector")
