@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distributed_muon.checkpoint.view import CheckpointView
 from distributed_muon.engine.agreement import Agreement
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import Options, as_groups, check_choice, parameter_names, tensor_spec
@@ -397,6 +398,19 @@ class DistributedMuon(torch.optim.Optimizer):
         self._linked.masters_restored()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def checkpoint_view(self) -> CheckpointView:
+        """What `checkpoint.save` and `load` work on; no collective."""
+        self.wait_params()
+        problem = None if self._linked.behind else self._linked.follow()
+
+        def restored(steps: int) -> None:
+            self._steps = steps
+            self._saved.forget()
+            self.follow_masters()
+
+        where = ("plain", [self._engine], self.collectives, self.param_groups)
+        return CheckpointView(*where, self._steps, restored, problem=problem)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: shards, homes and buckets are fixed there."""
