@@ -23,8 +23,9 @@ class OwnShard(NamedTuple):
     @property
     def states(self) -> dict[str, Tensor]:
         """Everything that is saved of the shard, by name: fp32, (n,)."""
-        moments = {key: value for key, value in self.parameter.state.items() if value.ndim}
-        return {"master": self.parameter.master, **moments}
+        p, part = self.parameter, self.parameter.part  # whose memory a framework may have replaced
+        found = {"master": part.master, **{key: part.moments[key] for key in p.state if key in part.moments}}
+        return {key: flat.narrow(0, p.offset, p.stop - p.start) for key, flat in found.items()}
 
 
 def own_shards(view: CheckpointView) -> Iterator[OwnShard]:

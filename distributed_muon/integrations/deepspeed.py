@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distributed_muon.checkpoint.view import CheckpointView
+from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import Options, check_choice, parameter_names, tensor_spec
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import Member, Part
@@ -34,6 +36,7 @@ from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
     Partition,
     arrange_groups,
+    publish,
     read_moments,
     read_partitions,
     refuse_fp16_autocast,
@@ -300,6 +303,44 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                 state = state_dict["state"].get(saved["params"][0], {})
                 group["step"] = int(state.get("step", saved.get("step", 0)))
                 self._adopted = True
+
+    @torch.no_grad()
+    def checkpoint_view(self) -> CheckpointView:
+        """What `checkpoint.save` and `load` work on; collective where no step was taken yet."""
+        if self._holds_model_parameters():
+            raise ValueError(
+                "parameters are not partitioned: call deepspeed.initialize with ZeRO stage 1, 2 or 3 first"
+            )
+        self._restore_groups()
+        partitions = list(self._attach().values())
+        for partition in partitions:
+            if partition.engine is None:
+                self._start(partition)
+            self._point(partition)
+
+        def restored(steps: int) -> None:
+            for group in self._groups:
+                group.update({"step": steps, "missed": {}})
+            for partition in partitions:
+                missed, partition.steps = self._groups[partition.group]["missed"], steps
+                late = {p.name: steps - int(p.state["step"]) for p in partition.engine.parameters if "step" in p.state}
+                missed.update({name: count for name, count in late.items() if count})
+            publish(partitions)
+            self._adopted = False
+
+        experts = next((group.get("name") for group in self._groups if group.get("moe")), None)
+        return CheckpointView(
+            "deepspeed",
+            [partition.engine for partition in partitions],
+            Collectives(None),
+            self._groups,
+            self._groups[0]["step"],
+            restored,
+            private=("step", "missed", INDEX, "moe", "name"),
+            problem=experts
+            and f"group {experts!r} holds DeepSpeed's MoE experts, whose names differ by rank: save with"
+            " engine.save_checkpoint",
+        )
 
     def _restore_groups(self) -> None:
         """Undo what DeepSpeed's loader of stage 3's universal checkpoints does: group 0's options in every group.

@@ -202,6 +202,29 @@ def _sub_group(wrapper: Any, number: int, by_param: Mapping[Tensor, Member]) -> 
     return Partition(members[0].group, flat, members, shards, offsets, place, collectives, whole=False)
 
 
+def publish(partitions: Sequence[Partition]) -> None:
+    """Let the model's parameters follow from masters that were written in place; collective over the ranks.
+
+    Args:
+        partitions: all, in the order of `read_partitions`.
+    """
+    for number, partition in enumerate(partitions):
+        param, flat, collectives = partition.members[0].param, partition.flat.detach(), partition.collectives
+        if partition.whole:
+            buffer = torch.empty(0, dtype=param.dtype, device=param.device).set_(param.untyped_storage())
+            buffer.narrow(0, collectives.rank * flat.numel(), flat.numel()).copy_(flat)
+            collectives.all_gather(buffer).wait()
+        else:
+            wrapper = param._z3_optimizer
+            wrapper.fp16_partitioned_groups_flat[number].data.copy_(flat)
+            wrapper._unflatten_partitioned_parameters(number)
+    wrapper = getattr(partitions[0].members[0].param, "_z3_optimizer", None)
+    kept = wrapper.persistent_parameters if wrapper is not None else []
+    if kept:  # small ones stay gathered between steps
+        kept[0].partition(kept)
+        kept[0].all_gather(kept)
+
+
 def read_moments(
     group: Mapping[str, Any], saved: Mapping[str, Any], moments: Mapping[str, Any], part: Partition
 ) -> dict[str, Tensor]:
