@@ -27,6 +27,7 @@ from distributed_muon.native.gradients import GradientReducer, whole_gradient
 from distributed_muon.native.owners import check_launch, release_later, take_over
 from distributed_muon.native.parameters import LinkedParameters
 from distributed_muon.native.state_dict import SavedState
+from distributed_muon.native.view import checkpoint_view
 
 _NO_GRADIENT = "step() found no gradient of any parameter on any rank: nothing was updated"
 
@@ -333,12 +334,6 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         self._linked.gather()
 
-    def follow_masters(self) -> None:
-        """`gather_params()` after others wrote masters and moments in place: these lead, whatever the model holds."""
-        self._engine.rebind()
-        self._linked.behind = True
-        self._linked.gather()
-
     def check_replicas(self) -> None:
         """Raise a RuntimeError that names the first parameter whose bits differ between ranks; collective."""
         self._linked.check_replicas()
@@ -401,16 +396,7 @@ class DistributedMuon(torch.optim.Optimizer):
 
     def checkpoint_view(self) -> CheckpointView:
         """What `checkpoint.save` and `load` work on; no collective."""
-        self.wait_params()
-        problem = None if self._linked.behind else self._linked.follow()
-
-        def restored(steps: int) -> None:
-            self._steps = steps
-            self._saved.forget()
-            self.follow_masters()
-
-        where = ("plain", [self._engine], self.collectives, self.param_groups)
-        return CheckpointView(*where, self._steps, restored, problem=problem)
+        return checkpoint_view(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: shards, homes and buckets are fixed there."""

@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 
 from distributed_muon.checkpoint.view import CheckpointView
-from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import Options, check_choice, parameter_names, tensor_spec
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import Member, Part
@@ -36,7 +35,7 @@ from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
     Partition,
     arrange_groups,
-    publish,
+    checkpoint_view,
     read_moments,
     read_partitions,
     refuse_fp16_autocast,
@@ -317,30 +316,8 @@ class PartitionedOptimizer(torch.optim.Optimizer):
             if partition.engine is None:
                 self._start(partition)
             self._point(partition)
-
-        def restored(steps: int) -> None:
-            for group in self._groups:
-                group.update({"step": steps, "missed": {}})
-            for partition in partitions:
-                missed, partition.steps = self._groups[partition.group]["missed"], steps
-                late = {p.name: steps - int(p.state["step"]) for p in partition.engine.parameters if "step" in p.state}
-                missed.update({name: count for name, count in late.items() if count})
-            publish(partitions)
-            self._adopted = False
-
-        experts = next((group.get("name") for group in self._groups if group.get("moe")), None)
-        return CheckpointView(
-            "deepspeed",
-            [partition.engine for partition in partitions],
-            Collectives(None),
-            self._groups,
-            self._groups[0]["step"],
-            restored,
-            private=("step", "missed", INDEX, "moe", "name"),
-            problem=experts
-            and f"group {experts!r} holds DeepSpeed's MoE experts, whose names differ by rank: save with"
-            " engine.save_checkpoint",
-        )
+        self._adopted = False
+        return checkpoint_view(partitions, self._groups)
 
     def _restore_groups(self) -> None:
         """Undo what DeepSpeed's loader of stage 3's universal checkpoints does: group 0's options in every group.
