@@ -2,8 +2,8 @@
 
     python -m perf.checkpoint [--parameters 100] [--ranks 2] [--rounds 5] [--json FILE]
 
-Both write fp32 masters and momentum down to the disk: ours flat shards, checksums and an index, DCP the model (which
-it shares out over the ranks) and the momentum's flat shards. "exposed" is how long `save(wait=False)` holds training up.
+Both write fp32 masters and momentum down to the disk: ours flat shards, checksums and an index, DCP the model (which it
+shares out over the ranks) and the momentum's flat shards. "exposed" is how long `save(wait=False)` holds training up.
 Rounds alternate; files are read back from the page cache. Medians over rounds, of the slowest rank.
 """
 

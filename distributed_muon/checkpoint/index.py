@@ -8,6 +8,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,7 @@ class Index:
         return None
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str]:
     """Of what writes a checkpoint."""
     out = {"python": platform.python_version(), "torch": torch.__version__}

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -93,8 +94,17 @@ class _AsStored(MatrixRule):
         return 1, (shape[0] if shape else 1), math.prod(shape[1:])
 
 
+_known: WeakKeyDictionary[ShardedStep, dict[int, Place]] = WeakKeyDictionary()
+
+
 def places(engine: ShardedStep) -> dict[int, Place]:
     """By tensor number, where this rank's shards lie; what it holds nothing of is left out."""
+    if engine not in _known:  # plans do not change
+        _known[engine] = _places(engine)
+    return _known[engine]
+
+
+def _places(engine: ShardedStep) -> dict[int, Place]:
     layout, rank = engine.plan.layout, engine.collectives.rank
     specs = [replace(spec, rule=_AsStored(spec.rule)) for spec in layout.tensors]
     stored = Layout.build(specs, layout.shards, layout.tp_ranks)
