@@ -18,7 +18,7 @@ from torch import nn
 from distributed_muon import DistributedMuon, Experts, Split, checkpoint, muon_param_groups
 from distributed_muon.__main__ import main
 from distributed_muon.checkpoint import DamagedCheckpoint, saving
-from distributed_muon.checkpoint.places import Patch, copy_elements, places, whole_shape
+from distributed_muon.checkpoint.places import Patch, _places, copy_elements, whole_shape
 from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Layout, Shard
 from launch.run_dir import RunDirectory
@@ -35,7 +35,7 @@ def held(spec: TensorSpec, cuts: list[int], tp_rank: int, rank: int) -> tuple[Pa
     layout = Layout.build([spec], shards, [tp for tp in range(spec.tp_size) for _ in spans])
     where = tp_rank * len(spans) + rank
     engine = SimpleNamespace(plan=SimpleNamespace(layout=layout), collectives=SimpleNamespace(rank=where))
-    return places(engine)[0].patches
+    return _places(engine)[0].patches
 
 
 @pytest.mark.parametrize(
