@@ -1,4 +1,4 @@
-"""`python -m distributed_muon plan|audit|deepspeed-config`: what a job costs, who gets Muon, and a config converted."""
+"""`python -m distributed_muon plan|audit|checkpoint|deepspeed-config`: costs, who gets Muon, checkpoints, configs."""
 
 from __future__ import annotations
 
@@ -57,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("file", type=Path, metavar="FILE", help='JSON with an "optimizer" block: Muon, Adam or AdamW')
     convert.set_defaults(run=_convert)
 
+    checkpoint = commands.add_parser("checkpoint", help="inspect, verify and convert checkpoints", add_help=False)
+    checkpoint.add_argument("words", nargs=argparse.REMAINDER)
+    checkpoint.set_defaults(run=_checkpoint)
+
     plan = commands.add_parser(
         "plan",
         help="plan a model at any scale, without ranks",
@@ -84,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="one JSON object")
     plan.set_defaults(run=_plan)
     return parser
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from distributed_muon.checkpoint.commands import main as run  # torch, which plan needs not wait for
+
+    return run(args.words)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from distributed_muon.checkpoint.view import CheckpointView
 from distributed_muon.engine.agreement import Agreement
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import Options, as_groups, check_choice, parameter_names, tensor_spec
@@ -26,6 +27,7 @@ from distributed_muon.native.gradients import GradientReducer, whole_gradient
 from distributed_muon.native.owners import check_launch, release_later, take_over
 from distributed_muon.native.parameters import LinkedParameters
 from distributed_muon.native.state_dict import SavedState
+from distributed_muon.native.view import checkpoint_view
 
 _NO_GRADIENT = "step() found no gradient of any parameter on any rank: nothing was updated"
 
@@ -332,12 +334,6 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         self._linked.gather()
 
-    def follow_masters(self) -> None:
-        """`gather_params()` after others wrote masters and moments in place: these lead, whatever the model holds."""
-        self._engine.rebind()
-        self._linked.behind = True
-        self._linked.gather()
-
     def check_replicas(self) -> None:
         """Raise a RuntimeError that names the first parameter whose bits differ between ranks; collective."""
         self._linked.check_replicas()
@@ -397,6 +393,10 @@ class DistributedMuon(torch.optim.Optimizer):
         self._linked.masters_restored()
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
+
+    def checkpoint_view(self) -> CheckpointView:
+        """What `checkpoint.save` and `load` work on; no collective."""
+        return checkpoint_view(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: shards, homes and buckets are fixed there."""

@@ -75,7 +75,7 @@ class PlainTrainer(Trainer):
         self.optimizer = make_optimizer(args, self.model)
         self._seconds: Counter[str] = Counter()
         if self.begin is not None:
-            extra = checkpoint.load(self.begin, self.model, self.optimizer)
+            extra = self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer))
             self.done = extra["step"]
             if world.main and extra["samples_per_step"] != self.samples_per_step:
                 print(

@@ -15,17 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from distributed_muon import muon_param_groups
+from distributed_muon import checkpoint, muon_param_groups
 from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from launch import arguments
 from launch.job import run_job
@@ -81,20 +75,13 @@ class FullyShardedTrainer(Trainer):
         self.optimizer = FullyShardedMuon(groups, lr=args.lr, **options)
         self._seconds: Counter[str] = Counter()
         if self.begin is not None:
-            state = self._state()
-            dcp.load(state, checkpoint_id=self.begin)
-            states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-            set_state_dict(self.model, self.optimizer, **states)
-            self.done = state["step"]
+            read = self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer))
+            self.done = read["step"]
         self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
 
     def _whole_model(self, device: torch.device) -> CausalLM:
         args = argparse.Namespace(**{**vars(self.args), "dtype": "fp32"})
         return arguments.make_model(args, self.data.vocab_size, device)
-
-    def _state(self) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optimizer": optimizer, "step": self.done}
 
     def forward_backward(self) -> tuple[float, float]:
         """The last microbatch's backward reduces the gradients."""
@@ -132,8 +119,9 @@ class FullyShardedTrainer(Trainer):
         return validation_loss(self.model, self.data, self.world, samples or self.world.size, self.args.batch_size)
 
     def save(self) -> None:
-        """A torch.distributed.checkpoint now, unless it is there; it loads on any mesh. Collective."""
-        self.run.save(self.done, self.run.complete(lambda path: dcp.save(self._state(), checkpoint_id=path)))
+        """Checkpoint now, unless it is there; it loads on any mesh, and in the plain trainer. Collective."""
+        extra = {"step": self.done, "samples_per_step": self.samples_per_step}
+        self.run.save(self.done, lambda path: checkpoint.save(path, self.model, self.optimizer, extra))
 
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face checkpoint; collective."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
+from distributed_muon.checkpoint import DamagedCheckpoint
 from launch.world import World
 
+T = TypeVar("T")
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 SETTINGS, VERSIONS, PLAN, RESULTS = "settings.json", "versions.json", "plan.txt", "results.json"
 
@@ -26,8 +30,8 @@ class RunDirectory:
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of the complete checkpoints, oldest first."""
-        found = (self.path / "checkpoints").glob("step-*[0-9]")
-        return sorted((int(path.name.removeprefix("step-")), path) for path in found)
+        found = (self.path / "checkpoints").glob("step-*")
+        return sorted((int(path.name[5:]), path) for path in found if re.fullmatch(r"step-\d+", path.name))
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of `step` is, or will be."""
@@ -58,6 +62,26 @@ class RunDirectory:
         if not found:
             raise ValueError(f"--resume: no checkpoint in {self.path}/checkpoints: start without --resume")
         return found[-1][1]
+
+    def load(self, read: Callable[[Path], T]) -> T:
+        """What `read` makes of the newest whole checkpoint; damaged ones are put aside, with a line each. Collective.
+
+        Args:
+            read: loads a checkpoint; raises a DamagedCheckpoint on all ranks, before it has changed anything.
+
+        Raises:
+            ValueError: none is whole.
+        """
+        while True:
+            path = self.latest()
+            try:
+                return read(path)
+            except DamagedCheckpoint as error:
+                self._world.barrier()
+                if self._world.main:
+                    print(f"warning: {error}; it is {path.name}.damaged now, an older one is tried", flush=True)
+                    path.rename(path.with_name(f"{path.name}.damaged"))
+                self._world.barrier()
 
     def save(self, step: int, write: Callable[[Path], None]) -> None:
         """Write the checkpoint of `step` unless it is there, and delete old ones; collective.

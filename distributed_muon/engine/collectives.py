@@ -186,21 +186,26 @@ class Collectives:
             ).wait()
             self.sent_bytes.clear()
 
-    def apart(self) -> Collectives:
+    def apart(self, backend: str | None = None) -> Collectives:
         """Collectives over the same ranks on a process group of their own, whose traffic meets no one else's.
 
         Called by all ranks of this group. `close()` gives the group back.
+
+        Args:
+            backend: None is this group's.
         """
         everyone = tuple(range(self.size))
-        return self.subgroups([everyone])[everyone] if self.size > 1 else Collectives(self.group)
+        return self.subgroups([everyone], backend=backend)[everyone] if self.size > 1 else Collectives(self.group)
 
-    def subgroups(self, teams: Sequence[tuple[int, ...]], label: str | None = None) -> dict[Any, Collectives]:
+    def subgroups(
+        self, teams: Sequence[tuple[int, ...]], label: str | None = None, backend: str | None = None
+    ) -> dict[Any, Collectives]:
         """Collectives over process groups of their own, of those of `teams` that this rank is in.
 
         Called by all ranks of this group with the same teams.
 
         Args:
-            teams: ranks of this group. label: what everything is timed as.
+            teams: ranks of this group. label: what everything is timed as. backend: None is this group's.
 
         Returns:
             By team.
@@ -210,7 +215,7 @@ class Collectives:
         out = {}
         for number, ranks in enumerate(teams):
             if self.rank in ranks:
-                part = out[ranks] = Collectives(make_group(group, ranks, f"{name}-{number}"))
+                part = out[ranks] = Collectives(make_group(group, ranks, f"{name}-{number}", backend))
                 part.timer, part._label, part._own = self.timer, label, True
         return out
 

@@ -8,8 +8,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
-def make_group(parent: dist.ProcessGroup, ranks: Sequence[int], name: str) -> dist.ProcessGroup:
-    """A process group of some of `parent`'s ranks, with its backend and timeout; called by exactly these.
+def make_group(
+    parent: dist.ProcessGroup, ranks: Sequence[int], name: str, backend: str | None = None
+) -> dist.ProcessGroup:
+    """A process group of some of `parent`'s ranks, with its timeout; called by exactly these.
 
     `dist.new_group` has to be called by the whole world, or names the group by its ranks and by how many groups the
     process is in: a user's own `new_group([0, 2])` then lets ranks wait for each other under different names. What
@@ -17,10 +19,11 @@ def make_group(parent: dist.ProcessGroup, ranks: Sequence[int], name: str) -> di
 
     Args:
         ranks: of `parent`, in order. name: unlike any other group's, alike on all of them.
+        backend: None is the parent's.
     """
     members = [dist.get_global_rank(parent, rank) for rank in ranks]
     _, store = c10d._world.pg_map[dist.group.WORLD]
-    backend, _ = c10d._world.pg_map[parent]
+    backend = backend or c10d._world.pg_map[parent][0]
     options = parent._get_backend(parent._device_types[0]).options
     timeout = c10d.default_pg_timeout if options is None else options._timeout
     place = members.index(dist.get_rank())

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distributed_muon.checkpoint.view import CheckpointView
 from distributed_muon.engine.options import Options, check_choice, parameter_names, tensor_spec
 from distributed_muon.engine.report import step_report
 from distributed_muon.engine.state import Member, Part
@@ -34,6 +35,7 @@ from distributed_muon.integrations.deepspeed_partition import (
     INDEX,
     Partition,
     arrange_groups,
+    checkpoint_view,
     read_moments,
     read_partitions,
     refuse_fp16_autocast,
@@ -300,6 +302,22 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                 state = state_dict["state"].get(saved["params"][0], {})
                 group["step"] = int(state.get("step", saved.get("step", 0)))
                 self._adopted = True
+
+    @torch.no_grad()
+    def checkpoint_view(self) -> CheckpointView:
+        """What `checkpoint.save` and `load` work on; collective where no step was taken yet."""
+        if self._holds_model_parameters():
+            raise ValueError(
+                "parameters are not partitioned: call deepspeed.initialize with ZeRO stage 1, 2 or 3 first"
+            )
+        self._restore_groups()
+        partitions = list(self._attach().values())
+        for partition in partitions:
+            if partition.engine is None:
+                self._start(partition)
+            self._point(partition)
+        self._adopted = False
+        return checkpoint_view(partitions, self._groups)
 
     def _restore_groups(self) -> None:
         """Undo what DeepSpeed's loader of stage 3's universal checkpoints does: group 0's options in every group.

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distributed_muon.checkpoint.view import CheckpointView
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import as_groups
 from distributed_muon.engine.state import Member, Part
@@ -200,6 +201,50 @@ def _sub_group(wrapper: Any, number: int, by_param: Mapping[Tensor, Member]) -> 
     offsets = [starts[shard.tensor] for shard in shards[collectives.rank]]
     place = f"sub-group {number} of parts {sizes}"
     return Partition(members[0].group, flat, members, shards, offsets, place, collectives, whole=False)
+
+
+def checkpoint_view(partitions: Sequence[Partition], groups: Sequence[dict[str, Any]]) -> CheckpointView:
+    """What a checkpoint works on: started partitions, in the order of `read_partitions`, and their groups."""
+
+    def restored(steps: int) -> None:
+        for group in groups:
+            group.update({"step": steps, "missed": {}})
+        for partition in partitions:
+            missed, partition.steps = groups[partition.group]["missed"], steps
+            late = {p.name: steps - int(p.state["step"]) for p in partition.engine.parameters if "step" in p.state}
+            missed.update({name: count for name, count in late.items() if count})
+        publish(partitions)
+
+    engines, experts = [partition.engine for partition in partitions], [g["name"] for g in groups if g.get("moe")]
+    problem = None
+    if experts:
+        problem = f"group {experts[0]!r}: names of experts mean others on each rank, use engine.save_checkpoint"
+    private = ("step", "missed", INDEX, "moe", "name")
+    place = ("deepspeed", engines, Collectives(None), groups, groups[0]["step"], restored)
+    return CheckpointView(*place, private=private, problem=problem)
+
+
+def publish(partitions: Sequence[Partition]) -> None:
+    """Let the model's parameters follow from masters that were written in place; collective over the ranks.
+
+    Args:
+        partitions: all, in the order of `read_partitions`.
+    """
+    for number, partition in enumerate(partitions):
+        param, flat, collectives = partition.members[0].param, partition.flat.detach(), partition.collectives
+        if partition.whole:
+            buffer = torch.empty(0, dtype=param.dtype, device=param.device).set_(param.untyped_storage())
+            buffer.narrow(0, collectives.rank * flat.numel(), flat.numel()).copy_(flat)
+            collectives.all_gather(buffer).wait()
+        else:
+            wrapper = param._z3_optimizer
+            wrapper.fp16_partitioned_groups_flat[number].data.copy_(flat)
+            wrapper._unflatten_partitioned_parameters(number)
+    wrapper = getattr(partitions[0].members[0].param, "_z3_optimizer", None)
+    kept = wrapper.persistent_parameters if wrapper is not None else []
+    if kept:  # small ones stay gathered between steps
+        kept[0].partition(kept)
+        kept[0].all_gather(kept)
 
 
 def read_moments(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from distributed_muon.checkpoint.view import CheckpointView
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import Options, as_groups, check_choice, parameter_names, tensor_spec
 from distributed_muon.engine.report import local_report, step_report
@@ -307,6 +308,26 @@ class FullyShardedMuon(torch.optim.Optimizer):
             domain.engine.rebind()
             for shard in domain.shards:
                 shard.version = None
+
+    @torch.no_grad()
+    def checkpoint_view(self) -> CheckpointView:
+        """What `checkpoint.save` and `load` work on; collective where no step was taken after sharding yet."""
+        self._attach()
+        strangers = self._replaced()
+        for domain in self._domains:
+            domain.follow(self.state)
+
+        def restored(steps: int) -> None:
+            for domain in self._domains:
+                domain.publish()
+                domain.engine.rebind()
+
+        engines = [domain.engine for domain in self._domains]
+        problem = (
+            f"parameter {strangers[0]!r} is no longer the model's: build the optimizer anew" if strangers else None
+        )
+        steps = max((int(p.state["step"]) for e in engines for p in e.parameters if "step" in p.state), default=0)
+        return CheckpointView("fsdp2", engines, self.collectives, self.param_groups, steps, restored, problem=problem)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: homes are fixed there."""

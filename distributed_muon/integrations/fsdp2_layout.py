@@ -121,7 +121,7 @@ def read_shards(
         run = (tensor, starts[box], starts[box] + _numel(box), (copy + tensor) % copies) if box in starts else None
         shards.append(run and Shard(*run))
     whole_rows = all(span == (0, extent) for box in boxes for span, extent in zip(box[1:], spec.shape[1:], strict=True))
-    if spec.rule is None or whole_rows:
+    if whole_rows:
         return spec, shards
     return BlockSpec(spec.name, spec.shape, spec.rule, boxes=tuple(boxes)), shards
 

@@ -22,6 +22,7 @@ from megatron.core.optimizer.grad_scaler import ConstantGradScaler, DynamicGradS
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor, nn
 
+from distributed_muon.checkpoint.view import CheckpointView
 from distributed_muon.engine.agreement import check_same_everywhere
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.options import describe_group
@@ -257,6 +258,28 @@ class MegatronMuon(MegatronOptimizer):
             raise RuntimeError(
                 "the optimizer's state is offloaded: call restore_from_cpu() before a step or a checkpoint"
             )
+
+    @torch.no_grad()
+    def checkpoint_view(self) -> CheckpointView:
+        """What `checkpoint.save` and `load` work on; collective over the world."""
+        self._check_present()
+        self._adopt_outside_writes()
+        world = Collectives(None)
+        tied = [m for m in self.members if getattr(m.param, "shared_embedding", False)]
+        originals = world.gather_objects([m.name for m in tied if not getattr(m.param, "shared", False)])
+        original = next((name for names in originals for name in names), "")
+        copies = {m.name: original for m in tied if getattr(m.param, "shared", False)}
+
+        def restored(steps: int) -> None:
+            self.steps = steps
+            for domain in self.domains:
+                domain.publish()
+            for chunk in self.model_chunks:
+                chunk.start_param_sync(force_sync=True)
+            self._versions = self._parameter_versions()
+
+        engines = [domain.engine for domain in self.domains]
+        return CheckpointView("megatron", engines, world, self.param_groups, self.steps, restored, copies)
 
     def _common_state(self) -> dict[str, Any]:
         """What is equal on every rank: groups, step and loss scale."""

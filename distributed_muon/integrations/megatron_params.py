@@ -100,7 +100,9 @@ def read_parameters(
                 taken.add(name)
                 asked = {name: chosen[param]} if chosen and param in chosen else {}
                 asked |= {pattern: rule for pattern, rule in overrides.items() if fnmatchcase(name, pattern)}
-                found[param] = _read(name, param, module, declared.get(param), tensor_parallel, asked)
+                beside = declared.get(getattr(module, "weight", None))  # a bias is cut as its weight is
+                stride = beside.stride if beside else 1
+                found[param] = _read(name, param, module, declared.get(param), tensor_parallel, asked, stride)
                 by_side = adjust_lr_fn in ("original", "unit_rms_norm")
                 if by_side and param in declared and declared[param].transposed:
                     raise ValueError(
@@ -163,6 +165,7 @@ def _read(
     declared: Declared | None,
     tensor_parallel: TensorParallel,
     asked: Mapping[str, Override],
+    stride: int,
 ) -> MarkedParameter:
     expert = not getattr(param, "allreduce", True)
     size = tensor_parallel.expert if expert else tensor_parallel.dense
@@ -176,13 +179,14 @@ def _read(
         raise ValueError(f"parameter {name!r} is sharded by GTP weight rematerialization: set its size to 1")
     marked_dim = getattr(param, "partition_dim", -1) if getattr(param, "tensor_model_parallel", False) else -1
     cut = size > 1 and bool(getattr(param, "tensor_model_parallel", False))
-    rule, declared, reason = _decide(name, param, module, declared, asked)
-    if rule is None:
-        return MarkedParameter(name, param, TensorSpec(name, tuple(param.shape)), expert, not cut, reason)
+    rule, declared, reason = _decide(name, param, module, declared, stride, asked)
     shape = declared.view or tuple(param.shape)
     if declared.tp_dim is not None and size > 1:
         marked_dim, cut = declared.tp_dim, True
     stride = declared.stride
+    if rule is None:  # the cut still says which elements of the whole parameter these are
+        tp = {"tp_dim": marked_dim, "tp_size": size, "tp_stride": stride} if cut and marked_dim in (0, 1) else {}
+        return MarkedParameter(name, param, TensorSpec(name, shape, **tp), expert, not cut, reason)
     if cut and marked_dim not in (0, 1):
         raise ValueError(
             f"parameter {name!r} is cut by tensor parallelism along no known dimension: mark partition_dim"
@@ -201,10 +205,10 @@ def _read(
 
 
 def _decide(
-    name: str, param: Tensor, module: nn.Module, declared: Declared | None, asked: Mapping[str, Override]
+    name: str, param: Tensor, module: nn.Module, declared: Declared | None, stride: int, asked: Mapping[str, Override]
 ) -> tuple[MatrixRule | Callable[[int], MatrixRule] | None, Declared, str]:
     """Rule (None: AdamW), declaration to read the cut by, and reason."""
-    plain = declared or Declared(Whole())
+    plain = declared or Declared(Whole(), stride=stride)
     if asked:
         pattern, value = list(asked.items())[-1]
         if value == "adamw":
