@@ -68,14 +68,10 @@ def refuse_checkpoint_format() -> None:
     if given is None or not (given.save or given.load) or (given.no_save_optim and given.no_load_optim):
         return
     if given.ckpt_format != "torch_dist":
-        raise ValueError(
-            f"--ckpt-format {given.ckpt_format} is not supported with distributed_muon: the optimizer is saved as "
-            "torch_dist"
-        )
+        raise ValueError(f"--ckpt-format {given.ckpt_format} is not supported with distributed_muon: use torch_dist")
     if not given.dist_ckpt_optim_fully_reshardable:
         raise ValueError(
-            "--dist-ckpt-optim-fully-reshardable is missing: Megatron-LM would call the optimizer's checkpoint "
-            "dp_reshardable, and not load it at another TP or PP"
+            "--dist-ckpt-optim-fully-reshardable is missing: Megatron-LM would not load the state at another TP or PP"
         )
 
 

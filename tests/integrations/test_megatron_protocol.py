@@ -451,7 +451,7 @@ def test_mup_is_for_the_matrices_of_adamw(seen: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_checkpoints_that_could_not_be_saved_are_refused_at_the_start(name: str, seen: list[dict[str, Any]]) -> None:
-    expected = {"torch": "--ckpt-format torch is not supported with distributed_muon: the optimizer is saved as"}
+    expected = {"torch": "--ckpt-format torch is not supported with distributed_muon: use torch_dist"}
     expected["dp_reshardable"] = "--dist-ckpt-optim-fully-reshardable is missing: "
     for results in seen:
         assert results["formats"][name].startswith(expected.get(name, "accepted"))
