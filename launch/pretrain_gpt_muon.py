@@ -32,8 +32,6 @@ def make_optimizer(config: Any, model_chunks: Any, *args: Any, **keywords: Any) 
     from distributed_muon.integrations.megatron_options import muon_options
 
     given = get_args()
-    if given.ckpt_format != "torch_dist" and (given.save or given.load):
-        raise ValueError(f"--ckpt-format {given.ckpt_format} is not supported: the optimizer is saved as torch_dist")
     # Ours loads at any parallelism, and Megatron-LM asks this flag whether it may.
     given.dist_ckpt_optim_fully_reshardable = True
     said = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in sys.argv if word.startswith("--muon-")}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -147,13 +149,23 @@ class MegatronTrainer(Trainer):
         return self._run(self.microbatches, self.args.accumulation, forward_only=False)
 
     def update(self) -> dict[str, float]:
-        """The optimizer step at the schedule's learning rate."""
+        """The optimizer step at the schedule's learning rate.
+
+        Raises:
+            FloatingPointError: a gradient is not finite; no parameter has been changed.
+        """
         args = self.args
         lr = args.lr * warmup_cosine(self.done, args.steps, args.warmup, args.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         success, norm, _ = self.optimizer.step()
-        return {"lr": lr, "skipped": float(not success)} | ({"grad_norm": norm} if success else {})
+        if not success:
+            bad = self.optimizer.chained_optimizers[0].nonfinite()
+            raise FloatingPointError(
+                f"step {self.done + 1}: gradient of parameter {bad[0]!r} has inf or nan ({len(bad)} parameters in "
+                "all): the step was not taken; resume from the last checkpoint with another --lr or --data"
+            )
+        return {"lr": lr, "grad_norm": norm}
 
     def optimizer_seconds(self) -> dict[str, float]:
         """Of the Muon domains and AdamW; Megatron's own collectives are not among them."""
@@ -223,12 +235,36 @@ class MegatronTrainer(Trainer):
 
 
 def _check_arguments(args: argparse.Namespace, world: World) -> None:
-    """Raises a ValueError for flags that cannot be together."""
-    for name in ("tp", "pp", "ep"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} {getattr(args, name)}: must be at least 1")
+    """Raises a ValueError for flags that cannot be together, and where there is no GPU."""
+    try:
+        torch.cuda.current_device()
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(
+            f"megatron-core wants a GPU ({str(error).splitlines()[0]}): without one, start -m "
+            "tests.integrations.megatron_cpu launch.pretrain_megatron, which lets the CPU answer for it"
+        ) from None
+    for name in ("tp", "pp", "ep", "etp", "vpp"):
+        size = getattr(args, name)
+        if size is not None and size < 1:
+            raise ValueError(f"--{name} {size}: must be at least 1")
     if world.size % (args.tp * args.pp):
         raise ValueError(f"{world.size} ranks are not a multiple of --tp {args.tp} x --pp {args.pp}")
+    if args.vpp and args.pp == 1:
+        raise ValueError(f"--vpp {args.vpp}: chunks of a stage need stages, so give --pp 2 or more")
+    layers = arguments.model_config(args, 1).num_hidden_layers
+    if layers % (args.pp * (args.vpp or 1)):
+        chunks = f"--pp {args.pp}" + f" x --vpp {args.vpp}" * bool(args.vpp)
+        raise ValueError(f"{layers} layers are not a multiple of {chunks}: change it or --num-hidden-layers")
+    if args.vpp and args.accumulation % args.pp:
+        raise ValueError(f"--accumulation {args.accumulation}: with --vpp it must be a multiple of --pp {args.pp}")
+    if args.model == "dense" and (args.ep > 1 or args.etp):
+        raise ValueError("--ep and --etp cut experts, and --model dense has none: leave them out")
+    if args.bucket_mb is not None and not args.overlap:
+        raise ValueError("--bucket-mb counts with --overlap, as Megatron has one bucket without: add it or drop this")
+    if args.aligned and find_spec("megatron.core.optimizer.param_layout") is None:
+        raise ValueError(
+            f"--aligned: megatron-core {megatron.core.__version__} cannot lay buffers out: use 0.19 or later"
+        )
     if args.save_hf is not None:
         raise ValueError("--save-hf: Megatron's modules are not written so; the plain and DeepSpeed trainers can")
     if args.init_from is not None and args.init != "plain":

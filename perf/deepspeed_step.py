@@ -120,16 +120,26 @@ class Contender:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 
-    def step_counting(self, grads: Sequence[Tensor]) -> int:
-        """One more step, not timed; the Newton-Schulz runs that this rank did in it."""
+    def step_counting(self, grads: Sequence[Tensor]) -> tuple[int, dict[str, float]]:
+        """One more step, not timed: this rank's Newton-Schulz runs, and the bytes of its messages by operation.
+
+        Messages as DeepSpeed's logger sees them; ours beside them under "our exchange".
+        """
+        from deepspeed.comm.comm import comms_logger
         from deepspeed.runtime.zero.muon import original_muon
 
-        if self.ours is not None:
-            self.step(grads, timed=False)
-            return self.newton_schulz_runs
+        comms_logger.enabled = comms_logger.prof_all = True
         with mock.patch.object(original_muon, "muon_update", wraps=original_muon.muon_update) as update:
             self.step(grads, timed=False)
-        return update.call_count
+        comms_logger.enabled = comms_logger.prof_all = False
+        sent = {
+            name: sum(size * record[0] for size, record in sizes.items())
+            for name, sizes in comms_logger.get_raw_data().items()
+        }
+        comms_logger.reset_data()
+        if self.ours is None:
+            return update.call_count, sent
+        return self.newton_schulz_runs, {**sent, "our exchange": sum(self.exchange.values())}
 
 
 def compare(peer: str, layers: int, rounds: int, config: dict[str, Any]) -> list[dict[str, Any]]:
@@ -143,13 +153,15 @@ def compare(peer: str, layers: int, rounds: int, config: dict[str, Any]) -> list
             contender.step(grads, timed=turn > 0)
     rows = []
     for contender in contenders:
-        runs = torch.tensor(contender.step_counting(grads))
+        counted, messages = contender.step_counting(grads)
+        runs = torch.tensor(counted)
         dist.all_reduce(runs)
         row = {
             "name": contender.name,
             "seconds": statistics.median(contender.seconds),
             "seconds_all": contender.seconds,
             "state_bytes": contender.state_bytes(),
+            "message_bytes": messages,
             "newton_schulz_runs": int(runs),
             "matrices": len(shapes),
         }
@@ -164,25 +176,15 @@ def compare(peer: str, layers: int, rounds: int, config: dict[str, Any]) -> list
 
 def wire(config: dict[str, Any]) -> dict[str, Any]:
     """Messages of one step by operation, as DeepSpeed's logger sees them, in bytes per parameter."""
-    from deepspeed.comm.comm import comms_logger
-
     shapes = ((256, 256),) * 7  # the fourth straddles two ranks
     contender = Contender("ours", shapes, config)
     dtype = next(contender.engine.module.parameters()).dtype
     grads = [torch.ones(shape, dtype=dtype) for shape in shapes]
     contender.step(grads, timed=False)
-    comms_logger.enabled = comms_logger.prof_all = True
-    contender.step(grads, timed=False)
-    comms_logger.enabled = comms_logger.prof_all = False
-    numel = sum(rows * cols for rows, cols in shapes)
-    found = {
-        name: sum(size * record[0] for size, record in sizes.items()) / numel
-        for name, sizes in comms_logger.get_raw_data().items()
-    }
-    comms_logger.reset_data()
+    messages = contender.step_counting(grads)[1]
     contender.engine.destroy()
-    shown = {name: round(value, 2) for name, value in found.items() if value >= 0.01}
-    return {**shown, "our exchange": round(sum(contender.exchange.values()) / numel, 2)}
+    numel = sum(rows * cols for rows, cols in shapes)
+    return {name: round(sent / numel, 2) for name, sent in messages.items() if sent >= 0.01 * numel}
 
 
 def main() -> None:
@@ -201,7 +203,8 @@ def main() -> None:
     busy = os.getloadavg()[0]
     rate = matmul_flops(torch.device("cpu"), 15)
     floor = newton_schulz_floor(args.layers, dist.get_world_size(), rate)
-    config: dict[str, Any] = {"zero_optimization": {"stage": args.stage}}
+    # DeepSpeed's Muon refuses reduce-scatter in stage 3, so nobody has it there.
+    config: dict[str, Any] = {"zero_optimization": {"stage": args.stage, "reduce_scatter": args.stage < 3}}
     if args.offload:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         config["zero_force_ds_cpu_optimizer"] = False
@@ -226,8 +229,11 @@ def main() -> None:
                     f"  {row['name']:25s} {seconds:7.3f} s, fastest {fastest:7.3f} s; state {state:6.1f} MiB per rank; "
                     f"{row['newton_schulz_runs']} Newton-Schulz runs for {row['matrices']} matrices"
                 )
-            sent = ours["exchange_bytes"].get("all_to_all", 0) / 2**20
-            lines.append(f"  our exchange: {sent:.1f} MiB sent by rank 0 in a step")
+            ratio = other["state_bytes"] / max(1, ours["state_bytes"])
+            lines.append(f"  {ratio:.2f} x the state of ours; messages of rank 0 in a step, MiB:")
+            for row in (ours, other):
+                shown = {name: round(sent / 2**20, 1) for name, sent in row["message_bytes"].items() if sent >= 2**16}
+                lines.append(f"    {row['name']:25s} {shown}")
         lines.append(f"floor of Newton-Schulz: {floor:.3f} s at the {rate / 1e9:.0f} GFLOP/s of a large matmul")
         if wires:
             lines.append("messages of one step, bytes per parameter (an all-reduce sends each message twice):")

@@ -140,6 +140,10 @@ class PartitionedOptimizer(torch.optim.Optimizer):
                 group["missed"][name] = group["missed"].get(name, 0) + 1
         partition.steps = group["step"] + 1
         group["step"] += partition.last
+        if partition.spent is not None:
+            # DeepSpeed overwrites the gradients that the next backward reaches, and would count the others in its
+            # norm again, or add to them from the second microbatch on.
+            partition.spent.zero_()
 
     def _active(self, partition: Partition) -> list[bool]:
         """Per parameter, whether any rank's backward reached it; collective over the partition's ranks."""

@@ -123,12 +123,14 @@ def check_config(config: Mapping[str, Any]) -> None:
     if stage not in (1, 2, 3):
         reason = "stage 1 gives the same training with less memory" if stage == 0 else "it is unknown"
         raise ValueError(f"zero_optimization.stage={stage}: {reason}; set it to 1, 2 or 3")
+    if zero.get("cpu_offload") is not None:
+        raise ValueError('zero_optimization.cpu_offload is an old form: write "offload_optimizer": {"device": "cpu"}')
     offload = zero.get("offload_optimizer") or {}
     if offload.get("device", "none") not in ("none", "cpu"):
         raise ValueError(f'zero_optimization.offload_optimizer.device={offload["device"]}: only "cpu" is supported')
     if offload.get("device") == "cpu" and config.get("zero_force_ds_cpu_optimizer", True):
         raise ValueError("zero_force_ds_cpu_optimizer: DeepSpeed wants it false to offload an optimizer not its own")
-    if (zero.get("offload_param") or {}).get("device", "none") != "none":
+    if (zero.get("offload_param") or {}).get("device", "none") != "none" or zero.get("cpu_offload_param"):
         raise ValueError(
             "zero_optimization.offload_param is not supported: offload the optimizer, or remove the option"
         )

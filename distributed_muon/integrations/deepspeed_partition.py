@@ -34,6 +34,7 @@ class Partition:
         place: what must be equal on all ranks for that. collectives: over these ranks.
         last: whether it is the last of its group to be stepped. whole: whether its parameters stay whole between
             steps, as in stages 1 and 2.
+        spent: DeepSpeed's gradients of all sub-groups, where this one is the last to be stepped.
         engine, part: of the steps, from the first one on. steps: how many were taken.
     """
 
@@ -46,6 +47,7 @@ class Partition:
     collectives: Collectives
     last: bool = True
     whole: bool = True
+    spent: Tensor | None = None
     engine: ShardedStep | None = None
     part: Part | None = None
     steps: int = 0
@@ -145,6 +147,7 @@ def read_partitions(groups: Sequence[Mapping[str, Any]], members: Sequence[list[
         found = [_sub_group(wrapper, number, by_param) for number in range(count)]
         for partition, following in pairwise(found):
             partition.last = partition.group != following.group
+        found[-1].spent = wrapper.grad_partitions_flat_buffer
     for partition in found:
         name, size = partition.members[0].spec.name, partition.collectives.size
         if size != dist.get_world_size() and not groups[partition.group].get("moe"):

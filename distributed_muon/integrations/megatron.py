@@ -78,6 +78,7 @@ def get_distributed_muon_optimizer(
     """
     everywhere = megatron_options.read_options(config, options)
     megatron_options.refuse_unsupported(config, model_chunks, dump_param_to_param_group_map)
+    megatron_options.refuse_checkpoint_format()
     pgs = pg_collection or ProcessGroupCollection.use_mpu_process_groups(["tp", "expt_tp"])
     sizes = TensorParallel(dist.get_world_size(pgs.tp), dist.get_world_size(pgs.expt_tp))
     if config_overrides is None:
@@ -86,6 +87,8 @@ def get_distributed_muon_optimizer(
     chosen = megatron_options.chosen_algorithms(groups)
     members = read_parameters(model_chunks, sizes, overrides or {}, everywhere.adjust_lr_fn, chosen)
     check_overrides(overrides or {}, members, world)
+    muon = {member.param for member in members if member.spec.rule is not None}
+    groups = _get_param_groups(model_chunks, config, megatron_options.spare(muon, config_overrides))
     param_groups = everywhere.complete(megatron_options.split_groups(groups, members, config))
     lines = [f"options {(everywhere, config.bf16, config.fp16, config.clip_grad)}"]
     lines += [f"group {number} {describe_group(group)}" for number, group in enumerate(param_groups)]
@@ -193,6 +196,11 @@ class MegatronMuon(MegatronOptimizer):
     def step(self) -> tuple[bool, float | None, float | None]:
         """(success, gradient norm, zeros in gradients) of one whole step; (False, None, None) on inf or nan."""
         return ChainedOptimizer([self]).step()
+
+    def nonfinite(self) -> list[str]:
+        """Names of the parameters whose gradient had an inf or nan in the last step; collective over the world."""
+        mine = [name for domain in self.domains for name in domain.engine.nonfinite()]
+        return list(dict.fromkeys(name for names in Collectives(None).gather_objects(mine) for name in names))
 
     def step_report(self) -> dict[str, Any]:
         """What the last step did, as `DistributedMuon.step_report` has it; collective over each domain."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from torch import nn
 
 from distributed_muon.engine.coefficients import COEFFICIENTS
@@ -53,6 +56,23 @@ def refuse_unsupported(config: OptimizerConfig, model_chunks: Sequence[nn.Module
     for option, found, advice in refused:
         if found:
             raise ValueError(f"{option} is not supported with distributed_muon: {advice}")
+
+
+def refuse_checkpoint_format() -> None:
+    """Raise a ValueError where Megatron-LM's command line asks for checkpoints that could not be saved, or resharded.
+
+    Otherwise the run would learn it at its first save, or when it is continued. Other loops pass their format as
+    metadata to `sharded_state_dict`.
+    """
+    given = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+    if given is None or not (given.save or given.load) or (given.no_save_optim and given.no_load_optim):
+        return
+    if given.ckpt_format != "torch_dist":
+        raise ValueError(f"--ckpt-format {given.ckpt_format} is not supported with distributed_muon: use torch_dist")
+    if not given.dist_ckpt_optim_fully_reshardable:
+        raise ValueError(
+            "--dist-ckpt-optim-fully-reshardable is missing: Megatron-LM would not load the state at another TP or PP"
+        )
 
 
 def read_options(config: OptimizerConfig, given: Mapping[str, Any]) -> Options:
@@ -139,6 +159,21 @@ def chosen_algorithms(groups: Sequence[Mapping[str, Any]]) -> dict[nn.Parameter,
     return chosen
 
 
+def spare(muon: Collection[nn.Parameter], config_overrides: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`config_overrides` with those of muP for AdamW's matrices only, as Megatron's own Muon has them.
+
+    muP divides Adam's learning rate and eps of a matrix by its width; an orthogonalized update has a scale of its own.
+    """
+    out = {}
+    for key, values in config_overrides.items():
+        predicate = key.with_name_predicate
+        if isinstance(predicate, ParamWithNamePredicate) and predicate.name.startswith("mup_"):
+            rest = partial(lambda fn, param, name: param not in muon and fn(param, name), predicate.fn)
+            key = dataclasses.replace(key, with_name_predicate=ParamWithNamePredicate(predicate.name, rest))
+        out[key] = values
+    return out
+
+
 def split_groups(
     groups: Sequence[Mapping[str, Any]], members: Sequence[MarkedParameter], config: OptimizerConfig
 ) -> list[dict[str, Any]]:
@@ -159,6 +194,6 @@ def split_groups(
         if group["algorithm"] == "muon" and group.pop("eps", None) is not None and first:
             raise ValueError(
                 f"eps in config_overrides is AdamW's, and parameter {first[0]!r} goes to Muon: add optimizer='adam' or "
-                "use a narrower ParamKey (--use-mup, whose rule scales AdamW's matrices, is not supported)"
+                "use a narrower ParamKey"
             )
     return kept

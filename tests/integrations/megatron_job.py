@@ -26,7 +26,7 @@ class Case:
         layer_wise: DDP buffers as Megatron's LayerWiseDistributedOptimizer wants them.
         batches: microbatches of one step over all data-parallel ranks.
         optimizer: keyword arguments of get_distributed_muon_optimizer, beside OPTIONS. config: of OptimizerConfig.
-        overrides: name pattern -> ParamGroupOverride, beside Megatron's standard config_overrides.
+        overrides: name pattern (or ParamKey) -> ParamGroupOverride, beside Megatron's standard config_overrides.
         model: of TransformerConfig.
     """
 
@@ -50,7 +50,7 @@ class Case:
     optimizer: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
-    overrides: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: dict[Any, dict[str, Any]] = field(default_factory=dict)
 
     def but(self, **changes: Any) -> Case:
         return replace(self, **changes)
@@ -105,7 +105,8 @@ class Job:
 
             options = {**OPTIONS, **case.optimizer}
             if case.overrides:
-                keys = {ParamKey(name=pattern): value for pattern, value in case.overrides.items()}
+                named = (ParamKey(name=key) if isinstance(key, str) else key for key in case.overrides)
+                keys = dict(zip(named, case.overrides.values(), strict=True))
                 options["config_overrides"] = {**get_standard_config_overrides(self.optimizer_config), **keys}
             make_optimizer = partial(get_distributed_muon_optimizer, **options)
         self.optimizer = make_optimizer(self.optimizer_config, self.chunks)

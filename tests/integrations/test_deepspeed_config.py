@@ -32,6 +32,20 @@ BAD_CONFIGS = [
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
         r'offload_optimizer\.device=nvme.*"cpu"',
     ),
+    ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, r"cpu_offload is an old form: write .offload_optimizer"),
+    ({"zero_optimization": {"stage": 3, "cpu_offload_param": True}}, "offload_param is not supported"),
+    (
+        {
+            "zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}},
+            "zero_force_ds_cpu_optimizer": False,
+        },
+        r"offload_optimizer\.super_offload",
+    ),
+    ({"zero_optimization": {"stage": 3, "zero_quantized_weights": True}}, "zero_quantized_weights"),
+    (
+        {"zero_optimization": {"stage": 3, "zero_quantized_nontrainable_weights": True}},
+        "zero_quantized_nontrainable_weights",
+    ),
     ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
     ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size"),
     ({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "zero_quantized_gradients"),
@@ -167,6 +181,39 @@ def test_converted_configs_train_what_the_optimizer_block_said(tmp_path, capsys)
     muon, adamw = optimizer_from_config(model(), adam).param_groups
     assert (muon["lr"], muon["adjust_lr_fn"]) == (1e-3, "match_rms_adamw")
     assert (adamw["betas"], adamw["eps"]) == ((0.9, 0.999), 1e-6)
+
+
+# A row of the manual's table each: what their "optimizer.params" says, and what our groups then have.
+ROWS = [
+    ({"lr": 0.1}, "muon", "lr", 0.1),
+    ({"lr": 0.1}, "adamw", "lr", 0.1),
+    ({}, "muon", "lr", 0.02),  # their Muon's own defaults
+    ({}, "adamw", "lr", 3e-4),
+    ({"momentum": 0.8}, "muon", "momentum", 0.8),
+    ({"lr": 0.1}, "muon", "weight_decay", 0.0),
+    ({"weight_decay": 0.3}, "muon", "weight_decay", 0.3),
+    ({"betas": [0.8, 0.9]}, "adamw", "betas", (0.8, 0.9)),
+    ({"muon_lr": 0.5, "lr": 0.1}, "muon", "lr", 0.5),
+    ({"adam_lr": 0.5, "lr": 0.1}, "adamw", "lr", 0.5),
+    ({"eps": 1e-3}, "adamw", "eps", 1e-3),
+    ({"eps": 1e-3}, "muon", "eps", 1e-7),
+    ({"lr": 0.1}, "muon", "adjust_lr_fn", "original"),
+    ({"torch_adam": True, "adam_w_mode": True, "bias_correction": True}, "muon", "lr", 0.02),
+]
+
+
+@pytest.mark.parametrize(("params", "algorithm", "option", "value"), ROWS)
+def test_every_row_of_the_table_of_keys(params, algorithm, option, value) -> None:
+    theirs = {**zero_config(1, zero={"save_muon_momentum_buffer_in_memory": True}), "optimizer": {"type": "Muon"}}
+    theirs["optimizer"]["params"] = params
+    groups = {g["algorithm"]: g for g in optimizer_from_config(model(), convert_config(theirs)).param_groups}
+    assert groups[algorithm][option] == value
+
+
+@pytest.mark.parametrize("method", ["gram", "standard"])
+def test_their_form_of_newton_schulz_is_ours(method) -> None:
+    theirs = {**zero_config(1), "optimizer": {"type": "Muon", "params": {"ns_method": method}}}
+    assert optimizer_from_config(model(), convert_config(theirs))._options.ns_form == method
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,15 @@ def test_before_initialize_there_is_nothing_to_step_or_load() -> None:
 
 @on_ranks(2, timeout=SECONDS)
 def test_engines_that_do_not_partition(rank: int, world: int) -> None:
+    # A script of the user's own, whose config nobody checked: DeepSpeed names what it wants, in one line.
+    own = zero_config(2, zero={"offload_optimizer": {"device": "cpu"}})
+    for config, named in (
+        ({**zero_config(1), "zero_allow_untested_optimizer": False}, '"zero_allow_untested_optimizer": true'),
+        (own, '"zero_force_ds_cpu_optimizer": false'),
+    ):
+        with pytest.raises(Exception, match=re.escape(named)) as error:
+            Run(config)
+        assert "\n" not in str(error.value)
     run = Run(zero_config(0))
     with pytest.raises(ValueError, match=r"not partitioned.*zero_optimization\.stage to 1"):
         run.train_step(0, rank)

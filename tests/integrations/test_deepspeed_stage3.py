@@ -41,6 +41,12 @@ def test_three_ranks(rank: int, world: int) -> None:
     check(zero_config(3, zero=SUB_GROUPS, **BF16), rank, world)
 
 
+@on_ranks(4, timeout=SECONDS)
+def test_four_ranks(rank: int, world: int) -> None:
+    check(zero_config(3, zero=SUB_GROUPS), rank, world, zero_init=True)
+    check(zero_config(3, zero=CUT), rank, world)
+
+
 @on_ranks(2, timeout=SECONDS)
 def test_a_skipped_fp16_step_changes_nothing(rank: int, world: int) -> None:
     check_fp16(rank, zero_config(3, zero=SUB_GROUPS))
@@ -87,6 +93,10 @@ class Tied(nn.Module):
         return loss + self.leave(third) if leave else loss
 
 
+# By step, which of its two microbatches use the head.
+USED = ((True, True), (False, False), (False, True), (True, False), (False, False))
+
+
 @on_ranks(2, timeout=SECONDS)
 def test_tied_frozen_and_unused_parameters(rank: int, world: int) -> None:
     import deepspeed
@@ -100,18 +110,26 @@ def test_tied_frozen_and_unused_parameters(rank: int, world: int) -> None:
             ours = PartitionedOptimizer(
                 muon_param_groups(model), lr=0.02, ns_form="standard", missing_gradients=missing
             )
-            engine, *_ = deepspeed.initialize(model=model, optimizer=ours, config=zero_config(stage, zero=CUT))
+            config = zero_config(stage, zero=CUT, gradient_accumulation_steps=2)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=ours, config=config)
             if (stage, missing) == (3, "zero"):  # DeepSpeed's gradient is not zero there, but the last one again
                 engine.backward(engine(0, rank, True))
+                engine.step()
+                engine.backward(engine(1, rank, True))
                 with pytest.raises(ValueError, match=r'missing_gradients="zero".*stage 3'):
                     engine.step()
                 continue
-            for step, leave in enumerate((True, False, True, False)):  # alike on all ranks: DeepSpeed wants it so
-                engine.backward(engine(step, rank, leave))
-                engine.step()
-                (sum(twin(step, other, leave) for other in range(world)) / world).backward()
+            for step, used in enumerate(USED):  # alike on all ranks: DeepSpeed wants it so
+                for number, leave in enumerate(used):
+                    batch = 2 * step + number
+                    engine.backward(engine(batch, rank, leave))
+                    engine.step()
+                    (sum(twin(batch, other, leave) for other in range(world)) / (2 * world)).backward()
                 if missing == "zero" and twin.leave.weight.grad is None:
                     twin.leave.weight.grad = torch.zeros(12, 12)
+                grads = [p.grad for p in (twin.enter.weight, twin.leave.weight) if p.grad is not None]
+                norm = torch.nn.utils.get_total_norm(grads)
+                assert float(engine.get_global_grad_norm()) == pytest.approx(float(norm), rel=1e-5), (stage, step)
                 reference.step()
                 reference.zero_grad()
             params = [model.enter.weight, model.leave.weight, model.frozen.weight]

@@ -70,6 +70,10 @@ REFUSED: dict[str, list[tuple[str, str, Any]]] = {
     "num_distributed_optimizer_instances > 1": [("ddp", "num_distributed_optimizer_instances", 2)],
     "fp8_param_gather": [("ddp", "fp8_param_gather", True)],
     "fp4_param_gather": [("ddp", "fp4_param_gather", True)],
+    "reuse_grad_buf_for_mxfp8_param_ag": [("ddp", "reuse_grad_buf_for_mxfp8_param_ag", True)],
+    "use_megatron_fsdp": [("ddp", "use_megatron_fsdp", True)],
+    "use_layer_wise_distributed_optimizer": [("config", "use_layer_wise_distributed_optimizer", True)],
+    "optimizer_cuda_graph": [("config", "optimizer_cuda_graph", True)],
     "qk_clip": [("model", "qk_clip", True)],
     "no matrix": [],
 }

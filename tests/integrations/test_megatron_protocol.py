@@ -1,13 +1,21 @@
-"""What Megatron's training loop and RL frameworks ask of an optimizer beside steps, on real megatron-core jobs."""
+"""What Megatron's training loop and RL frameworks ask of an optimizer beside steps, on real megatron-core jobs.
+
+Run on the package of b0ca093 (megatron-core 0.16.1), item by item, all of these fail but those of `overrides` without
+virtual stages, and of `formats` that nothing refuses. `moved`, `plain`, `metadata`, `mup`, `refusals` and `zeros` stop
+there at an attribute or option that it has not.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -40,6 +48,8 @@ def run_protocol(rank: int, world: int, folder: str) -> dict[str, Any]:
             "plain": plain_state_dict(),
             "metadata": {name: saved_with(metadata, Path(folder) / name) for name, metadata in METADATA.items()},
             "config_overrides": config_overrides(),
+            "mup": mup(),
+            "formats": {name: checkpoint_format(**changes) for name, changes in FORMATS.items()},
             "refusals": {name: refusal(case) for name, case in REFUSED.items()},
             "calls": calls(),
             "scales": {name: scaled(config) for name, config in SCALES.items()},
@@ -246,6 +256,45 @@ def config_overrides() -> dict[str, Any]:
     }
 
 
+def mup() -> dict[str, list[tuple[float, float | None]]]:
+    """(max_lr, eps) by kind of parameter under muP's overrides for a model twice as wide as its base."""
+    from megatron.core import optimizer as megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, ParamKey
+    from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
+
+    if hasattr(megatron_optimizer, "get_mup_config_overrides"):
+        config = OptimizerConfig(optimizer="adam", lr=1e-2, min_lr=0.0, adam_eps=0.1)
+        ((key, values),) = megatron_optimizer.get_mup_config_overrides(config, 2.0).items()
+    else:  # as 0.19 has them
+        predicate = ParamWithNamePredicate("mup_hidden_and_output", lambda p, n: p.dim() > 1 and "embedding" not in n)
+        key, values = ParamKey(with_name_predicate=predicate), {"max_lr": 5e-3, "min_lr": 0.0, "eps": 0.05}
+    job = Job(DENSE.but(overrides={key: values}))
+    group_of = {tensor: group for group in job.optimizer.param_groups for tensor in group["params"]}
+    seen: dict[str, list[tuple[float, float | None]]] = {}
+    for owned in job.muon.owned:
+        group = group_of[owned.master]
+        kind = group["algorithm"] if group["algorithm"] == "muon" else owned.name.split(".")[0]
+        found = (group["max_lr"], None if kind == "muon" else group["eps"])
+        seen.setdefault(kind, []).append(found)
+    return {kind: sorted(set(found)) for kind, found in seen.items()}
+
+
+LINE = {"save": "x", "load": None, "ckpt_format": "torch_dist", "no_save_optim": None, "no_load_optim": None}
+FORMATS: dict[str, dict[str, Any]] = {
+    "torch": {"ckpt_format": "torch", "dist_ckpt_optim_fully_reshardable": True},
+    "dp_reshardable": {"dist_ckpt_optim_fully_reshardable": False},
+    "fully_reshardable": {"dist_ckpt_optim_fully_reshardable": True},
+    "nothing is saved": {"save": None, "ckpt_format": "torch", "dist_ckpt_optim_fully_reshardable": False},
+}
+
+
+def checkpoint_format(**changes: Any) -> str:
+    """What construction says inside Megatron-LM's training loop with this command line."""
+    arguments = SimpleNamespace(_GLOBAL_ARGS=SimpleNamespace(**{**LINE, **changes}))
+    with mock.patch.dict(sys.modules, {"megatron.training.global_vars": arguments}):
+        return refusal(DENSE)
+
+
 SCALES: dict[str, dict[str, Any]] = {
     "usual": {},
     "spectral": {"muon_extra_scale_factor": 0.2},
@@ -271,7 +320,7 @@ def scaled(config: dict[str, Any]) -> dict[str, float]:
 
 
 def calls() -> dict[str, Any]:
-    job, out = Job(DENSE), {}
+    job, out = Job(BF16), {}
     for name, call in {
         "save_parameter_state": lambda: job.optimizer.save_parameter_state("x"),
         "load_parameter_state": lambda: job.optimizer.load_parameter_state("x", update_legacy_format=False),
@@ -281,6 +330,18 @@ def calls() -> dict[str, Any]:
         except ValueError as error:
             out[name] = str(error)
     out["group"] = dist.get_process_group_ranks(job.muon.data_parallel_group)
+    job.train(1)
+    if hasattr(job.optimizer, "prepare_model_params_for_param_sync"):
+        before = job.weights()
+        job.optimizer.prepare_model_params_for_param_sync()
+        job.chunks[0].start_param_sync(force_sync=True)
+        assert equal(job.weights(), before)
+    # What the training loop logs as the norm of the parameters it sums over marked masters, cut over the ranks.
+    marked = [param.main_param for _, param in job.named_parameters() if param.main_param_sharded]
+    square = sum((master.double().square().sum() for master in marked if master is not None), torch.zeros(()).double())
+    dist.all_reduce(square)
+    out["norms"] = (float(square), sum(float(master.double().square().sum()) for master in job.masters().values()))
+    out["is_stub_optimizer"] = [job.optimizer.is_stub_optimizer, job.muon.is_stub_optimizer]
     return out
 
 
@@ -381,6 +442,21 @@ def test_config_overrides_are_honoured(seen: list[dict[str, Any]]) -> None:
     assert honoured["eps"] == [(1e-3, 1e-3), (0.1, 1e-2)]
 
 
+def test_mup_is_for_the_matrices_of_adamw(seen: list[dict[str, Any]]) -> None:
+    everywhere = {kind: found for results in seen for kind, found in results["mup"].items()}
+    assert everywhere["muon"] == [(1e-2, None)]
+    assert everywhere["output_layer"] == [(5e-3, 0.05)]
+    assert everywhere["embedding"] == [(1e-2, 0.1)]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_checkpoints_that_could_not_be_saved_are_refused_at_the_start(name: str, seen: list[dict[str, Any]]) -> None:
+    expected = {"torch": "--ckpt-format torch is not supported with distributed_muon: use torch_dist"}
+    expected["dp_reshardable"] = "--dist-ckpt-optim-fully-reshardable is missing: "
+    for results in seen:
+        assert results["formats"][name].startswith(expected.get(name, "accepted"))
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     {
@@ -403,6 +479,8 @@ def test_calls_of_the_training_loop(seen: list[dict[str, Any]]) -> None:
     for name in ("save_parameter_state", "load_parameter_state"):
         assert made[name] == "the optimizer has no torch-format checkpoint: use --ckpt-format torch_dist"
     assert made["group"] == [0, 1]
+    assert made["norms"][0] == pytest.approx(made["norms"][1], rel=1e-6)
+    assert made["is_stub_optimizer"] == [False, False]
 
 
 def test_zero_gradients_on_all_ranks_are_no_step_where_asked(seen: list[dict[str, Any]]) -> None:
