@@ -10,7 +10,7 @@ RANKS ?= 2
 # Extra flags for the trainer: make train ARGS="--optimizer adamw"
 ARGS ?=
 
-.PHONY: setup setup-integrations train test test-gpu lint
+.PHONY: setup setup-integrations train test test-slow test-gpu lint
 
 setup: $(VENV)/.installed
 
@@ -41,6 +41,10 @@ train: setup
 test: lint setup-integrations
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 	OMP_NUM_THREADS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS)
+
+# The long ones, which `make test` leaves out.
+test-slow: setup-integrations
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -112,7 +112,9 @@ def test_other_settings_or_data_on_one_rank_are_refused_on_all() -> None:
     ("rank", "store_in_rank_0", "found"),
     [
         (1, "0", "for rank 1 on .*, which does not answer: its process is stopped, or its node is gone"),
-        (0, "1", "the job's store does not answer: rank 0 on .* is stopped, or is gone"),
+        pytest.param(
+            *(0, "1", "the job's store does not answer: rank 0 on .* is stopped, or is gone"), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_stopped_rank_is_named_and_ends_the_job(

@@ -268,7 +268,7 @@ def test_wrong_counts_are_refused(capsys):
 # ---- Hugging Face checkpoints ----------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["dense", "moonlight"])
+@pytest.fixture(params=[pytest.param("dense", marks=pytest.mark.slow), "moonlight"])
 def checkpoint_folder(request, tmp_path):
     """A checkpoint whose vocabulary is larger than that of the data, in bf16."""
     torch.manual_seed(3)

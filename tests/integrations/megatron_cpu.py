@@ -15,6 +15,7 @@ import typing
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,11 @@ CPU = torch.device("cpu")
 def available() -> bool:
     """Whether megatron-core is installed here."""
     return importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.core") is not None
+
+
+def older() -> bool:
+    """Whether this is the older of the two versions, where long tests of what both do alike are slow ones."""
+    return available() and version("megatron-core") < "0.19"
 
 
 class CudaMeansCpu(TorchFunctionMode):

@@ -112,6 +112,7 @@ def test_three_ranks(rank: int, world: int) -> None:
     check_uneven(rank, world)
 
 
+@pytest.mark.slow
 @on_ranks(5, timeout=SECONDS)
 def test_five_ranks(rank: int, world: int) -> None:
     check_uneven(rank, world)

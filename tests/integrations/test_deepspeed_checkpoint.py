@@ -116,7 +116,7 @@ def test_resume_on_the_same_ranks_is_exact(folder: Path) -> None:
     assert (folder / "fp32.pt").exists()
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_converted_checkpoints_keep_all_state_at_any_world_size(folder: Path, world: int) -> None:
     run_ranks(load_universal, world, folder, timeout=SECONDS)
 

@@ -465,7 +465,9 @@ def test_two_ranks_equal_one(name: str, one: dict[str, Any], two: list[dict[str,
         check_run(name, ON_TWO[name], results[name], one)
 
 
-@pytest.mark.parametrize("name", ON_FOUR)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if megatron_cpu.older() else []) for name in ON_FOUR]
+)
 def test_four_ranks_equal_one(name: str, one: dict[str, Any], four: list[dict[str, Any]]) -> None:
     for results in four:
         check_run(name, ON_FOUR[name], results[name], one)

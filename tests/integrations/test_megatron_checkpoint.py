@@ -19,7 +19,10 @@ from tests.integrations import megatron_cpu
 from tests.integrations.megatron_job import Case, Job
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed"),
+    *([pytest.mark.slow] if megatron_cpu.older() else []),
+]
 
 WIDE = Case(model={"num_query_groups": 4})
 MOE = Case(moe=True, model={"num_query_groups": 4})

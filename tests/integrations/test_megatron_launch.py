@@ -16,7 +16,10 @@ from tests.integrations.test_megatron_checkpoint import checked
 from tests.spawn import run_ranks
 from tests.torchrun import TORCHRUN, job
 
-pytestmark = pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed"),
+    *([pytest.mark.slow] if megatron_cpu.older() else []),
+]
 
 CONFIG = """
 dtype: fp32

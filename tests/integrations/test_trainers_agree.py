@@ -121,7 +121,9 @@ def test_every_step_has_the_loss_of_the_plain_trainer(
 
 
 @OTHERS["pretrain_megatron"]
-@pytest.mark.parametrize("name", PARALLEL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "dense PP2" else pytest.mark.slow) for name in PARALLEL]
+)
 def test_cut_models_start_from_the_same_weights(name: str, plain: dict[str, list[float]], tmp_path: Path) -> None:
     model = name.split()[0]
     losses = curve(tmp_path, "pretrain_megatron", MODELS[model], 2, *PARALLEL[name])
@@ -130,7 +132,7 @@ def test_cut_models_start_from_the_same_weights(name: str, plain: dict[str, list
     assert losses[:steps] == pytest.approx(plain[model][:steps], abs=1e-5, rel=0)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param("dense", marks=pytest.mark.slow), "moonlight"])
 def test_a_checkpoint_starts_all_of_them(model: str, tmp_path: Path) -> None:
     torch.manual_seed(7)
     known = {field.name for field in fields(registry[model][0])}

@@ -27,6 +27,7 @@ MEGATRON = {
 }
 
 
+@pytest.mark.slow
 def test_every_result_is_gathered(tmp_path: Path) -> None:
     out = tmp_path / "out"
     splits = MEGATRON if megatron_cpu.available() else {"SPLITS": ""}

@@ -54,6 +54,7 @@ def sbatch(folder: Path, hosts: list[Host], words: list[str], restarts: int = 0)
     )
 
 
+@pytest.mark.slow
 def test_a_job_at_its_time_limit_saves_is_queued_again_and_continues_bit_equal(tmp_path: Path) -> None:
     words = [*SMALL, "--steps", str(STEPS), "--checkpoint-interval", "100000", "--warmup", "2"]
     with make_hosts(2) as hosts:

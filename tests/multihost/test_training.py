@@ -121,6 +121,7 @@ def test_the_loss_of_a_host_ends_the_job_and_the_other_goes_on_alone(tmp_path: P
         assert set(range(1, last + 6)) <= losses(broken).keys()
 
 
+@pytest.mark.slow
 def test_an_elastic_job_grows_and_shrinks(tmp_path: Path) -> None:
     """With the command and the environment of the yaml, as Kubeflow's operator starts its workers."""
     run = tmp_path / "run"
