@@ -1,7 +1,11 @@
-"""The one helper that runs a function on several ranks: gloo, a hard timeout, and the first error of any rank."""
+"""The one helper that runs a function on several ranks: gloo, a hard timeout, and the first error of any rank.
+
+With LATE_NETWORK=1 in the environment, every test runs on `tests.late_network`.
+"""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing as mp
 import os
 import pickle
@@ -10,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +82,9 @@ def _rank_main(
 
         torch.set_num_threads(1)
         dist.init_process_group("gloo", rank=rank, world_size=world)
-        result = function(rank, world, *args)
+        late = os.environ.get("LATE_NETWORK") == "1"
+        with importlib.import_module("tests.late_network").late_network() if late else nullcontext():
+            result = function(rank, world, *args)
         Path(folder, f"{rank}.result").write_bytes(pickle.dumps(result))
         dist.barrier()
         dist.destroy_process_group()

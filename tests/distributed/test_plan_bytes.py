@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from functools import partial
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_muon import QKV, Conv, DistributedMuon, Experts, Split
-from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.layout.cutting import cut_buckets, make_buckets
 from distributed_muon.layout.matrices import MatrixRule, Whole
-from distributed_muon.layout.plan import make_plan
 from tests.checks import on_ranks
 from tests.dense import matrices_of, spec_of, tp_slice
 from tests.reference import ADAMW_SHAPES, MUON_SHAPES, Reference, backward, make_params, mean_gradient, rank_gradient
@@ -114,107 +109,6 @@ def test_more_ranks_than_rows_or_parameters(rank: int, world: int) -> None:
             theirs.step([mean_gradient(tuple(p.shape), step, world, i) for i, p in enumerate(params)])
             for p, q in zip(params, theirs.params, strict=True):
                 assert torch.equal(p, q), f"{shapes} {layout} step {step}: {(p - q).abs().max()}"
-
-
-# ---- transfers that happen as late as they may -----------------------------------------------------------
-
-
-class Late(Collectives):
-    """Starts every transfer only when it is waited for, on buffers that were poisoned in between."""
-
-    def _late(self, method: Callable, output: Tensor, *args) -> Pending:
-        own = output.view(self.size, -1)[self.rank].clone() if method is Collectives.all_gather else None
-        if method is Collectives.reduce_scatter or method is Collectives.all_to_all:
-            output.fill_(torch.nan)
-        if own is not None:
-            parts = output.view(self.size, -1)
-            for peer in self._others():
-                parts[peer].fill_(torch.nan)
-        pending = Pending((), output, *args)
-
-        def transfer() -> None:
-            method(self, output, *args).wait()
-
-        pending._finish = transfer
-        return pending
-
-    def reduce_scatter(self, output: Tensor, input: Tensor) -> Pending:
-        return self._late(Collectives.reduce_scatter, output, input)
-
-    def all_gather(self, output: Tensor) -> Pending:
-        return self._late(Collectives.all_gather, output)
-
-    def all_to_all(self, output: Tensor, input: Tensor, recv_counts, send_counts, label) -> Pending:
-        return self._late(Collectives.all_to_all, output, input, recv_counts, send_counts, label)
-
-
-@on_ranks(4)
-def test_nothing_is_read_before_it_arrived_or_reused_before_it_left(rank: int, world: int) -> None:
-    """Row 8: with transfers delayed to their wait, and many waves, the bits are those of the reference."""
-    # bf16 weights are copied from their masters when a gather starts: too early a start would show.
-    for layout, (strategy, dtype) in itertools.product(
-        LAYOUTS, (("home", torch.float32), ("home", torch.bfloat16), ("gather", torch.float32))
-    ):
-        params = make_params(MUON_SHAPES + ADAMW_SHAPES, dtype)
-        theirs = reference(params, len(MUON_SHAPES))
-        muon, adamw = params[: len(MUON_SHAPES)], params[len(MUON_SHAPES) :]
-        with mock.patch("distributed_muon.engine.step.make_plan", partial(make_plan, wave_bytes=256)):
-            ours = build(muon, adamw, ns_form="standard", strategy=strategy, **LAYOUTS[layout])
-        assert len(ours.plan.waves) > 2
-        ours.collectives.__class__ = Late
-        for step in range(2):
-            backward(params, [rank_gradient(tuple(p.shape), step, rank, i) for i, p in enumerate(params)])
-            ours.step()
-            ours.zero_grad()
-            theirs.step([mean_gradient(tuple(p.shape), step, world, i) for i, p in enumerate(params)])
-            for i, (p, q) in enumerate(zip(params, theirs.params, strict=True)):
-                assert torch.equal(p, q.to(dtype)), f"{layout} {strategy} {dtype} step {step} parameter {i}"
-
-
-class Net(nn.Module):
-    """Containers, a tied head, and a parameter of the container itself."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embedding = nn.Embedding(7, 6)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)) for _ in range(2))
-        self.scales = nn.ParameterList([nn.Parameter(torch.ones(6)) for _ in range(2)])
-        self.head = nn.Linear(6, 7, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block, scale in zip(self.blocks, self.scales, strict=True):
-            x = x + scale * block(x)
-        return self.head(x)
-
-
-@on_ranks(4)
-def test_a_forward_waits_for_the_parameters_it_needs(rank: int, world: int) -> None:
-    """Row 8: with gathers left under way and as late as possible, every loss equals that of a waiting step."""
-    losses = []
-    for overlap in (False, True):
-        model = Net()
-        matrices = [m.weight for block in model.blocks for m in block if isinstance(m, nn.Linear)]
-        rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-        optimizer = build(matrices, rest, bucket_mb=0.0003)
-        if overlap:
-            optimizer.overlap_param_gather(model)
-            optimizer.collectives.__class__ = Late
-        tokens = torch.arange(7) * (rank + 1) % 7
-        seen = []
-        for _ in range(3):
-            loss = nn.functional.cross_entropy(model(tokens), tokens)
-            loss.backward()
-            seen.append(loss.item())
-            optimizer.step()
-            optimizer.zero_grad()
-        optimizer.wait_params()
-        losses.append((seen, [p.detach().clone() for p in model.parameters()]))
-    assert losses[0][0] == losses[1][0]
-    assert losses[0][0][0] > losses[0][0][2]
-    assert all(torch.equal(a, b) for a, b in zip(losses[0][1], losses[1][1], strict=True))
 
 
 # ---- tensor parallelism -----------------------------------------------------------------------------------
