@@ -155,9 +155,11 @@ class DistributedMuon(torch.optim.Optimizer):
             raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
         self._steps += 1
         self._saved.forget()
-        if self._replica_check_every and self._steps % self._replica_check_every == 0:
-            self.check_replicas()  # before the gathers of this step paint over what forward and backward have used
         agreement = self._agree()
+        if self._replica_check_every and self._steps % self._replica_check_every == 0:
+            # Before the gathers of this step paint over what forward and backward have used. After the gradients of
+            # all ranks are reduced: one that lacks a gradient starts a reduction that others wait for only there.
+            self.check_replicas()
         skipped = self._must_skip(agreement)
         if not skipped:
             self._engine.step(agreement.present, after_wave=self._start_gathers)

@@ -60,7 +60,7 @@ def make_buckets(
         pending.append(tensor)
         filled += _padded(numels[tensor])
         if number == len(order) - 1 or (bucket_numel is not None and filled >= bucket_numel):
-            shard_numel = -(-filled // (dp * ALIGNMENT)) * ALIGNMENT
+            shard_numel = -(-max(filled, 1) // (dp * ALIGNMENT)) * ALIGNMENT  # tensors may be empty
             packed = _fill_slots(pending, numels, shard_numel) if aligned else pending
             offsets, at = [], 0
             for item in packed:
