@@ -22,6 +22,17 @@ from tests.distributed.test_gradients import (
 from tests.reference import backward
 
 
+class Loss(nn.Module):
+    """Its gradients are what is given."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(params)
+
+    def forward(self, grads: list[Tensor]) -> Tensor:
+        return torch.stack([(p * g).sum() for p, g in zip(self.weights, grads, strict=True)]).sum()
+
+
 @on_ranks(2)
 def test_clipping(rank: int, world: int) -> None:
     """Row 3: the raw mean gradient is clipped, as torch.nn.utils would in one process; p.grad is unwritten."""
@@ -95,15 +106,6 @@ def test_the_global_norm_counts_every_element_once(rank: int, world: int) -> Non
 @on_ranks(2)
 def test_gradients_averaged_by_ddp(rank: int, world: int) -> None:
     """gradient_reduction="none" reads p.grad, moves no gradient and equals the reference."""
-
-    class Loss(nn.Module):
-        def __init__(self, params: list[nn.Parameter]) -> None:
-            super().__init__()
-            self.weights = nn.ParameterList(params)
-
-        def forward(self, grads: list[Tensor]) -> Tensor:
-            return torch.stack([(p * g).sum() for p, g in zip(self.weights, grads, strict=True)]).sum()
-
     optimizer, params, reference = build(gradient_reduction="none")
     model = nn.parallel.DistributedDataParallel(Loss(params))
     for step in range(3):
@@ -119,6 +121,26 @@ def test_gradients_averaged_by_ddp(rank: int, world: int) -> None:
         assert "reduce_scatter" not in optimizer.step_report()["bytes"]
     with pytest.raises(RuntimeError, match=r"no_sync.*wrapper"), optimizer.no_sync():
         pass
+
+
+@on_ranks(2)
+def test_torchs_scaler_where_ddp_averages(rank: int, world: int) -> None:
+    """As in a Trainer with fp16: gradients are unscaled, and a step with an inf on one rank is skipped on all."""
+    optimizer, params, reference = build(gradient_reduction="none")
+    model = nn.parallel.DistributedDataParallel(Loss(params))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    for step in range(4):
+        grads = local_grads(step, rank)
+        if step == 1 and rank == 1:
+            grads[2] = grads[2] * float("inf")
+        scaler.scale(model(grads)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step != 1:
+            reference.step(mean([local_grads(step, r) for r in range(world)]))
+        assert_follows(optimizer, params, reference, f"step {step}")
+    assert scaler.get_scale() == 512.0
 
 
 @on_ranks(2)

@@ -11,7 +11,7 @@ import pytest
 from tests.torchrun import ROOT, job
 
 MANUALS = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
-NEEDS = {"deepspeed.md": ["deepspeed"], "huggingface.md": ["deepspeed", "transformers"], "megatron.md": ["megatron"]}
+NEEDS = {"deepspeed.md": ["deepspeed"], "huggingface.md": ["accelerate", "transformers"], "megatron.md": ["megatron"]}
 # Megatron needs a GPU: the tests' shim answers for it, and imports what follows as a module.
 SHIM = {"megatron.md": ["tests.integrations.megatron_cpu"]}
 ALONE = {"costs.md"}  # plans without ranks
