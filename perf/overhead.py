@@ -7,7 +7,7 @@ every matrix of Moonlight-16B-A3B, each side divided by 64, on rank 0 of 64 (tor
 whole of `optimizer.step()`; "host" is that without Newton-Schulz, as the optimizer's own report has it, and without
 "copying" inside the fake group's collectives; "backward" is what our hooks and nothing else take. Python calls are
 counted in one more step. Then the seconds of a constructor over the 5,000 matrices, and of
-`python -m distributed_muon plan --model kimi-k2 --dp 64`, imports not counted.
+`python -m distributed_muon plan --model kimi-k2 --dp 64`, imports counted in neither.
 
 `--against DIR` measures another checkout of this project (such as a clone of an older commit) in the same run: every
 measurement is a process of its own, the two checkouts take turns, and medians are compared.
