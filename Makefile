@@ -10,7 +10,7 @@ RANKS ?= 2
 # Extra flags for the trainer: make train ARGS="--optimizer adamw"
 ARGS ?=
 
-.PHONY: setup setup-integrations train test test-slow test-gpu lint
+.PHONY: setup setup-integrations train test test-slow test-gpu fuzz lint
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,11 @@ test: lint setup-integrations
 # The long ones, which `make test` leaves out.
 test-slow: setup-integrations
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# Generated plans and runs, for two hours: make fuzz FUZZ="--minutes 600 --seed 7"
+FUZZ ?= --minutes 120
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(FUZZ)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from distributed_muon.engine.collectives import Collectives
@@ -28,14 +29,15 @@ def sharded_step(
     tp_ranks: Sequence[int] | None = None,
     plan: Callable[..., Plan] = make_plan,
     wave_bytes: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> ShardedStep:
-    """The engine of this rank over the default group; tensors without a rule are AdamW's, at rate 0.
+    """The engine of this rank; tensors without a rule are AdamW's, at rate 0.
 
     Args:
         specs: the tensors. shards: per rank. whole: rank-local values of every tensor. options: of `Options`.
-        plan: makes the plan. wave_bytes: of it; None is its default.
+        plan: makes the plan. wave_bytes: of it; None is its default. group: of the domain; None is the default group.
     """
-    collectives, everywhere = Collectives(), Options.of(options)
+    collectives, everywhere = Collectives(group), Options.of(options)
     groups = everywhere.complete([{"params": []}, {"params": [], "algorithm": "adamw", "lr": 0.0}])
     members = [Member(s, w, int(s.rule is None)) for s, w in zip(specs, whole, strict=True)]
     engine = ShardedStep(members, groups, everywhere, collectives, torch.device("cpu"))
