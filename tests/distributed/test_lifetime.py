@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 
 import psutil
 import pytest
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from distributed_muon import DistributedMuon, muon_param_groups
 from tests.checks import on_ranks
+from tests.late_network import late_network
 from tests.reference import Reference, backward, make_params, rank_gradient
 from tests.spawn import run_ranks
 
@@ -205,38 +207,31 @@ class Encoder(nn.Module):
         return nn.functional.linear(x, self.embedding.weight)
 
 
-def run_encoder(rank: int, world: int, overlap: bool, slow: bool) -> list[list[float]]:
+def run_encoder(rank: int, world: int, overlap: bool) -> list[list[float]]:
     model = Encoder()
-    optimizer = DistributedMuon(muon_param_groups(model), lr=0.05, layout="bucketed", bucket_mb=0.0005)
-    if overlap:
-        optimizer.overlap_param_gather(model)
-        if slow:  # nothing arrives before it is waited for
-            optimizer.collectives.__class__ = _late()
-    tokens = torch.arange(22).view(2, 11) % 11
-    losses = []
-    for step in range(3):
-        loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), (tokens + rank + step).flatten() % 11)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model.eval()
-            losses.append([loss.item(), model(tokens).sum().item()])  # TransformerEncoderLayer's fast path
-            model.train()
-    weights = model.state_dict()
-    return [*losses, [float(value.double().sum()) for value in weights.values()]]
-
-
-def _late() -> type:
-    from tests.distributed.test_plan_bytes import Late
-
-    return Late
+    with late_network() if overlap else nullcontext():  # nothing arrives before it is waited for
+        optimizer = DistributedMuon(muon_param_groups(model), lr=0.05, layout="bucketed", bucket_mb=0.0005)
+        if overlap:
+            optimizer.overlap_param_gather(model)
+        tokens = torch.arange(22).view(2, 11) % 11
+        losses = []
+        for step in range(3):
+            loss = nn.functional.cross_entropy(model(tokens).flatten(0, 1), (tokens + rank + step).flatten() % 11)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            with torch.no_grad():
+                model.eval()
+                losses.append([loss.item(), model(tokens).sum().item()])  # TransformerEncoderLayer's fast path
+                model.train()
+        weights = model.state_dict()
+        return [*losses, [float(value.double().sum()) for value in weights.values()]]
 
 
 def test_overlapped_gathers_are_waited_for_wherever_weights_are_read() -> None:
     """Row 51: with gathers that arrive as late as they may."""
-    expected = run_ranks(run_encoder, 2, False, False)
-    assert run_ranks(run_encoder, 2, True, True) == expected
+    expected = run_ranks(run_encoder, 2, False)
+    assert run_ranks(run_encoder, 2, True) == expected
 
 
 def test_a_compiled_module_is_refused_before_it_can_ignore_the_hooks() -> None:
