@@ -162,7 +162,12 @@ class Sharded(Plain):
 class Megatron(Plain):
     """The model of these names under Megatron-core."""
 
+    ready = False
+
     def __init__(self, **parallelism: Any) -> None:
+        if not Megatron.ready:  # after DeepSpeed, which the shim would confuse
+            megatron_cpu.install()
+            Megatron.ready = True
         from tests.integrations.megatron_job import Case, Job, fill
 
         self.job = Job(Case(model={"num_query_groups": 4}, config={"clip_grad": 0.0}, **parallelism))
@@ -193,8 +198,6 @@ def hand_over(rank: int, world: int, folder: Path) -> int:
         chain += [lambda: Megatron(tp=2), lambda: Megatron(tp=2, pp=2)]
     chain += [lambda: Plain(torch.bfloat16, layout="flat"), Plain]
     for number, make in enumerate(chain):
-        if number == 3 and megatron_cpu.available():  # after DeepSpeed, which its shim would confuse
-            megatron_cpu.install()
         first.at_rate_zero(TRAINED + number)
         run = make()
         checkpoint.load(folder / str(number), None, run.optimizer)
