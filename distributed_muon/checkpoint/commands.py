@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from distributed_muon.checkpoint.files import fault
 from distributed_muon.checkpoint.index import DamagedCheckpoint, Index
+from distributed_muon.checkpoint.loading import verify_files
 
 
 def main(words: Sequence[str]) -> int:
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _inspect(args: argparse.Namespace) -> int:
     for folder in args.folders:
-        index = Index.parse(Index.read_text(folder), folder)
+        index = Index.read(folder)
         numel = Counter()
         for about in index.parameters.values():
             numel[about["algorithm"]] += torch.Size(about["shape"]).numel()
@@ -70,10 +70,8 @@ def _verify(args: argparse.Namespace) -> int:
     damaged = 0
     for folder in args.folders:
         try:
-            index = Index.parse(Index.read_text(folder), folder)
-            for name, entry in index.files.items():
-                if (problem := fault(folder / name, entry, index.save_id)) is not None:
-                    raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} {problem}")
+            index = Index.read(folder)
+            verify_files(folder, index, index.files)
             print(f"{folder}: whole, {len(index.files)} files")
         except DamagedCheckpoint as error:
             damaged = 1

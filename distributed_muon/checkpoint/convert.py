@@ -6,7 +6,6 @@ DeepSpeed's checkpoints, `get_distributed_muon_optimizer(take_over=...)` Megatro
 
 from __future__ import annotations
 
-import shutil
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_muon.checkpoint.files import write_file, write_text
-from distributed_muon.checkpoint.index import INDEX, MODEL, Index, as_json, versions
+from distributed_muon.checkpoint.held import Held, describe
+from distributed_muon.checkpoint.index import Index, as_json, versions
 from distributed_muon.checkpoint.places import Patch
+from distributed_muon.checkpoint.saving import WriteJob, make_room
+from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.state import MOMENTS
 
-MUON, ADAMW = ("momentum_buffer",), ("exp_avg", "exp_avg_sq")
 _NEEDS = 'a torch.save file of {"model": model.state_dict(), "optimizers": [optimizer.state_dict(), ...]}'
 # Options that mean the same in torch.optim and here.
 _OPTIONS = {"lr", "initial_lr", "weight_decay", "momentum", "nesterov", "ns_steps", "betas", "eps"}
@@ -45,24 +46,24 @@ def convert(source: Path, target: Path, kind: str, trust: bool) -> str:
     if not isinstance(saved, Mapping) or not {"model", "optimizers"} <= set(saved):
         raise ValueError(f"{source} is not {_NEEDS}")
     model: dict[str, Tensor] = {k: v for k, v in saved["model"].items() if isinstance(v, Tensor)}
-    tensors: dict[str, Tensor] = {}
-    parameters: dict[str, dict[str, Any]] = {}
-    groups: list[dict[str, Any]] = []
+    held, groups = Held(), []
     for state_dict in saved["optimizers"]:
         for group in state_dict["param_groups"]:
             if "param_names" not in group:
                 raise ValueError(f"{source}: groups have no param_names: build optimizers from (name, parameter) pairs")
             states = [state_dict["state"].get(number, {}) for number in group["params"]]
-            muon = not any("exp_avg_sq" in state for state in states)
+            algorithm = "adamw" if any("exp_avg_sq" in state for state in states) else "muon"
             options = {key: value for key, value in group.items() if key in _OPTIONS}
-            groups.append(as_json({"algorithm": "muon" if muon else "adamw", **options}, "parameter group"))
-            scale = 1 - group["momentum"] if muon and kind == "keller" else 1.0
+            scale = 1 - group["momentum"] if algorithm == "muon" and kind == "keller" else 1.0
             for name, state in zip(group["param_names"], states, strict=True):
-                parameters[name] = _parameter(name, model, state, MUON if muon else ADAMW, scale, tensors)
-                parameters[name]["group"] = len(groups) - 1
-    others = {key: value.contiguous() for key, value in model.items() if key not in parameters}
-    _write(target, tensors, parameters, groups, others)
-    return f"{len(parameters)} parameters and {len(others)} other tensors of {source} are in {target}"
+                _parameter(name, model, state, algorithm, len(groups), scale, held)
+            groups.append(as_json({"algorithm": algorithm, **options}, "parameter group"))
+    others = {key: value.contiguous() for key, value in model.items() if key not in held.parameters}
+    steps = max((about["step"] for about in held.parameters.values() if "step" in about), default=0)
+    header = Index(uuid.uuid4().hex, "torch", steps, groups, extra={}, ranks=1, versions=versions())
+    make_room(target)
+    WriteJob(target, header, held, others).write(Collectives(None))
+    return f"{len(held.parameters)} parameters and {len(others)} other tensors of {source} are in {target}"
 
 
 def _read(source: Path, trust: bool) -> Any:
@@ -78,44 +79,19 @@ def _parameter(
     name: str,
     model: Mapping[str, Tensor],
     state: Mapping[str, Any],
-    keys: tuple[str, ...],
+    algorithm: str,
+    group: int,
     scale: float,
-    tensors: dict[str, Tensor],
-) -> dict[str, Any]:
-    """Put a parameter's master and moments among the tensors; what the index says of it."""
+    held: Held,
+) -> None:
+    """Add a parameter's master and moments to what is written."""
     if name not in model:
         raise ValueError(f"parameter {name!r} of the optimizer is not in the model's state dict")
-    value = model[name]
-    tensors[f"{name}.master"] = value.float().contiguous()
+    value, keys = model[name], MOMENTS[algorithm]
+    held.tensors[f"{name}.master"] = value.float().contiguous()
     for key in keys:
         moment = state[key].float() * scale if key in state else torch.zeros(value.shape)
-        tensors[f"{name}.{key}"] = moment.contiguous()
-    return {
-        "shape": list(value.shape),
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "algorithm": "muon" if keys == MUON else "adamw",
-        "states": ["master", *keys],
-        **({"step": int(state.get("step", 0))} if keys == ADAMW else {}),
-    }
-
-
-def _write(
-    target: Path,
-    tensors: dict[str, Tensor],
-    parameters: dict[str, dict[str, Any]],
-    groups: list[dict[str, Any]],
-    others: dict[str, Tensor],
-) -> None:
-    unfinished = target.with_name(target.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_id, file = uuid.uuid4().hex, "rank-00000.safetensors"
-    files = {file: write_file(unfinished / file, tensors, save_id)}
-    numels = {name: torch.Size(about["shape"]).numel() for name, about in parameters.items()}
-    files[file]["parts"] = {name: [Patch(0, count, 0, count, 1, count)] for name, count in numels.items()}
-    if others:
-        files[MODEL] = write_file(unfinished / MODEL, others, save_id)
-    steps = max((about["step"] for about in parameters.values() if "step" in about), default=0)
-    index = Index(save_id, "torch", steps, groups, {}, 1, versions(), parameters, files, list(others))
-    write_text(unfinished / INDEX, index.text())
-    unfinished.rename(target)
+        held.tensors[f"{name}.{key}"] = moment.contiguous()
+    step = state.get("step", 0) if algorithm == "adamw" else None
+    held.parameters[name] = describe(value.shape, value.dtype, algorithm, group, ["master", *keys], step)
+    held.parts[name] = [Patch(0, value.numel(), 0, value.numel(), 1, value.numel())]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,23 +61,31 @@ def hold(view: CheckpointView, copy: Callable[[Tensor], Tensor]) -> Held:
         for part in engine.parts:
             for key, tensor in {"master": part.master, **part.moments}.items():
                 host[id(part), key] = copy(tensor.detach())
-    for p, place in own_shards(view):
+    for own in own_shards(view):
+        p, place = own
         if not place.first or p.name in view.copies:
             continue
-        states = list(OwnShard(p, place).states)
+        states, algorithm = list(own.states), view.param_groups[p.group]["algorithm"]
         held.parts[p.name] = list(place.patches)
-        held.parameters[p.name] = {
-            "shape": list(place.shape),
-            "dtype": str(p.param.dtype).removeprefix("torch."),
-            "algorithm": view.param_groups[p.group]["algorithm"],
-            "group": p.group,
-            "states": states,
-            **({"step": int(p.state["step"])} if "step" in p.state else {}),
-        }
+        held.parameters[p.name] = describe(place.shape, p.param.dtype, algorithm, p.group, states, p.state.get("step"))
         for key in states:
             flat = host[id(p.part), key].narrow(0, p.offset, p.stop - p.start)
             held.tensors[f"{p.name}.{key}"] = flat.view(place.shape) if _is_whole(flat, place) else flat
     return held
+
+
+def describe(
+    shape: Sequence[int], dtype: torch.dtype, algorithm: str, group: int, states: Sequence[str], step: Any
+) -> dict[str, Any]:
+    """What the index says of a parameter; `step` is None where its algorithm counts none."""
+    return {
+        "shape": list(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "algorithm": algorithm,
+        "group": group,
+        "states": list(states),
+        **({} if step is None else {"step": int(step)}),
+    }
 
 
 def _is_whole(flat: Tensor, place: Place) -> bool:

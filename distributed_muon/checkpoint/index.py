@@ -83,6 +83,11 @@ class Index:
         return Index(**{key: body[key] for key in Index.__dataclass_fields__})
 
     @staticmethod
+    def read(folder: Path) -> Index:
+        """The index of a checkpoint; raises as `read_text` and `parse` do."""
+        return Index.parse(Index.read_text(folder), folder)
+
+    @staticmethod
     def read_text(folder: Path) -> str:
         """The text of a checkpoint's index, to be parsed.
 

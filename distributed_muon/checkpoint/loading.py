@@ -88,13 +88,16 @@ def read_whole(path: Path, collectives: Collectives) -> Index:
 
     index = Index.parse(collectives.gather_objects(on_all(collectives, read))[0], path)
 
-    def verify() -> None:
-        for name in list(index.files)[collectives.rank :: collectives.size]:
-            if (problem := fault(path / name, index.files[name], index.save_id)) is not None:
-                raise DamagedCheckpoint(f"checkpoint {path} is damaged: {name} {problem}")
-
-    on_all(collectives, verify)
+    own = list(index.files)[collectives.rank :: collectives.size]
+    on_all(collectives, lambda: verify_files(path, index, own))
     return index
+
+
+def verify_files(folder: Path, index: Index, names: Iterable[str]) -> None:
+    """Raise a DamagedCheckpoint for the first of the named files that is not what the index says."""
+    for name in names:
+        if (problem := fault(folder / name, index.files[name], index.save_id)) is not None:
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} {problem}")
 
 
 class _Load:

@@ -55,10 +55,10 @@ def save(
     lead = view.collectives.rank == 0
     header, entries = on_all(view.collectives, lambda: (_header(view, extra), other_entries(model, view)))
     others = whole(entries)
-    on_all(view.collectives, lambda: _make_room(path) if lead else None, _not_saved(path))
+    on_all(view.collectives, lambda: make_room(path) if lead else None, _not_saved(path))
     header = replace(header, save_id=view.collectives.gather_objects(header.save_id)[0])
     held = hold(view, (lambda tensor: tensor.cpu()) if wait else copies_of(optimizer))
-    job = _Job(path, header, held, others if lead else {})
+    job = WriteJob(path, header, held, others if lead else {})
     if not wait:
         return in_background(optimizer, view.collectives, job.write)
     job.write(view.collectives)
@@ -81,7 +81,7 @@ def _header(view: CheckpointView, extra: Mapping[str, Any] | None) -> Index:
 
 
 @dataclass(frozen=True)
-class _Job:
+class WriteJob:
     """What is left to do once all state is held: to write it.
 
     Args:
@@ -142,7 +142,8 @@ def restore_replaced(path: Path) -> None:
     shutil.rmtree(_replaced(path), ignore_errors=True)
 
 
-def _make_room(path: Path) -> None:
+def make_room(path: Path) -> None:
+    """Make an empty folder for a `WriteJob` to write into."""
     restore_replaced(path)
     shutil.rmtree(_unfinished(path), ignore_errors=True)
     _unfinished(path).mkdir(parents=True)
