@@ -37,7 +37,8 @@ _NORM_NAMES = re.compile(r"norm$|^(ln|norm)(_|\d|$)")
 _NORM_CLASS = re.compile(r"Norm(?!al)(?!.*Linear)")  # not NormalizedX, not a norm fused with its Linear
 _FUSED_QKV = re.compile(r"qkv|query_key_value|^c_attn$", re.IGNORECASE)
 _FUSED_GATE_UP = re.compile(r"gate_?up", re.IGNORECASE)
-_PARAMETRIZED = re.compile(r"(?:^|(?<=\.))parametrizations\.(\w+)")
+# torch.nn.utils.parametrize (weight_norm, orthogonal) keeps what makes up a module's weight in a list inside of it.
+_PARAMETRIZED = re.compile(r"(^|\.)parametrizations\.(\w+)\..+$")
 
 
 class Decision(NamedTuple):
@@ -226,11 +227,10 @@ def _decide(model: nn.Module, overrides: Mapping[str, Override]) -> Iterator[tup
     places: dict[int, list[tuple[str, nn.Module]]] = {}
     params: dict[int, nn.Parameter] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
-        # torch.nn.utils.parametrize (weight_norm, orthogonal) keeps a module's weight in a list inside of it.
-        parametrized = _PARAMETRIZED.search(prefix)
-        owner = model.get_submodule(prefix[: parametrized.start()].rstrip(".")) if parametrized else module
         for leaf, param in module.named_parameters(recurse=False, remove_duplicate=False):
             name = f"{prefix}.{leaf}" if prefix else leaf
+            parametrized = _PARAMETRIZED.search(name)
+            owner = model.get_submodule(name[: parametrized.start()]) if parametrized else module
             _refuse_sharded(name, param)
             params[id(param)] = param
             places.setdefault(id(param), []).append((name, owner))
@@ -271,7 +271,7 @@ def _by_place(
         return _asked(name, param, declared[name], None, "declared by matrix_rules()")
     if _is_vector(param):
         return Decision("adamw", None, "vector")
-    plain = _PARAMETRIZED.sub(r"\1", name.rpartition(".")[0]) if _PARAMETRIZED.search(name) else name
+    plain = _PARAMETRIZED.sub(r"\1\2", name)
     return _by_type(plain, module, param, vocabulary) or _by_name(plain, module, param)
 
 

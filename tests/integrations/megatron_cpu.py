@@ -188,10 +188,8 @@ def install() -> None:
 if __name__ == "__main__":
     install()
     module = sys.argv[1]
-    if module in (
-        "launch.pretrain_gpt_muon",
-        "pretrain_gpt",
-    ):  # other programs ask whether there is a GPU, and do without
+    # Megatron-LM's training loop wants a GPU; other programs ask whether there is one, and do without.
+    if module in ("launch.pretrain_gpt_muon", "pretrain_gpt"):
         _patch_for_megatron_lm()
     sys.argv = [module, *sys.argv[2:]]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -19,7 +19,7 @@ ONE = tuple("1" if word == "2" else word for word in TORCHRUN)
 
 def run(folder: Path, *words: object, launcher: tuple[str, ...] = TORCHRUN) -> dict[str, Any]:
     """Results by case."""
-    return run_to_end(["tests.integrations.huggingface_job", "--folder", folder, *words], launcher, limit=150)[0]
+    return run_to_end(["tests.integrations.huggingface_job", "--folder", folder, *words], launcher)[0]
 
 
 def same_losses(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
