@@ -18,6 +18,16 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+# What takes seconds to import, a server imports once (of these, what is installed); ranks are forked from it.
+PRELOADED = [
+    "torch.distributed",
+    "torch._dynamo",
+    "distributed_muon",
+    "deepspeed",
+    "megatron.core.optimizer",
+    "transformers.trainer",
+]
+
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 60.0) -> list[Any]:
     """Run `function(rank, world, *args)` on `world` new processes with torch.distributed on gloo.
@@ -31,11 +41,14 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     Raises:
         AssertionError: with the traceback of the first rank that failed, or that the time is up.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         port = _free_port()
         ranks = [
-            context.Process(target=_rank_main, args=(function, rank, world, port, folder, args), daemon=True)
+            context.Process(
+                target=_rank_main, args=(function, rank, world, port, folder, dict(os.environ), args), daemon=True
+            )
             for rank in range(world)
         ]
         for process in ranks:
@@ -70,8 +83,16 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
 
 
 def _rank_main(
-    function: Callable[..., Any], rank: int, world: int, port: int, folder: str, args: tuple[Any, ...]
+    function: Callable[..., Any],
+    rank: int,
+    world: int,
+    port: int,
+    folder: str,
+    environment: dict[str, str],
+    args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()  # it is the server's, as it was at the first test
+    os.environ.update(environment)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
