@@ -51,7 +51,7 @@ class DistributedMuon(torch.optim.Optimizer):
             torch.distributed.
         layout: how buckets are cut: "aligned" (tensors ordered so that few straddle ranks; also "auto"),
             "bucketed" (registration order), "flat" (one bucket).
-        bucket_mb: MiB of fp32 gradient per bucket; None is Megatron's rule.
+        bucket_mb: MiB of fp32 gradient per bucket; None is `layout.cutting.bucket_elements`' rule.
         gradient_reduction: "reduce_scatter", or "none" where a wrapper already averages p.grad.
         reduce_dtype: torch.float32 or torch.bfloat16, of the reduction; accumulation stays fp32.
         nonfinite: "raise" FloatingPointError on a gradient with inf or nan, or "skip" that step; the state is
@@ -162,6 +162,7 @@ class DistributedMuon(torch.optim.Optimizer):
             self.check_replicas()
         skipped = self._must_skip(agreement)
         if not skipped:
+            self._not_gathered = list(range(len(self._buckets)))  # the last is the first layers'
             self._engine.step(agreement.present, after_wave=self._start_gathers)
             if not self._gatherer.overlap:
                 self._gatherer.wait()
@@ -184,20 +185,23 @@ class DistributedMuon(torch.optim.Optimizer):
             )
         if dist.is_initialized() != self._distributed:
             raise RuntimeError("DistributedMuon was built before init_process_group() (or outlived it): build it after")
-        problem, reducer = self._linked.follow(), self._reducer
+        problem, reducer = self._linked.link(), self._reducer
+        written = self._linked.written() if problem is None else None
         again = True
         while again:
             if reducer is None:
                 _copy_averaged_gradients(self.sharded_parameters)
             stale = [] if reducer is None else reducer.finish()
             has_gradient = [param.grad is not None for param in self._params]
-            agreement = self._engine.agree(has_gradient, [problem is not None, *stale])
+            agreement = self._engine.agree(has_gradient, [problem is not None, *stale], written)
             wrong, *stale = agreement.flags
             if wrong:
                 raise RuntimeError(next(filter(None, self.collectives.gather_objects(problem))))
             again = any(stale)
             if again:
                 reducer.reduce_again([bucket for bucket, old in enumerate(stale) if old])
+        if agreement.signal:
+            self._linked.follow()
         self._agreement = agreement
         if reducer is not None:
             reducer.closed = True
@@ -213,10 +217,14 @@ class DistributedMuon(torch.optim.Optimizer):
         return agreement.nonfinite
 
     def _start_gathers(self, after_wave: int) -> None:
-        """Start the all-gather of the buckets whose last matrix was updated in this wave (-1: AdamW)."""
-        for index, last in enumerate(self._last_wave):
-            if last == after_wave:
-                self._gatherer.start(index)
+        """Start the all-gathers of buckets that are updated up to this wave (-1: AdamW), in the forward's order.
+
+        A bucket waits for those before it, for the forward will want them first.
+        """
+        ready = []
+        while self._not_gathered and self._last_wave[self._not_gathered[-1]] <= after_wave:
+            ready.append(self._not_gathered.pop())
+        self._gatherer.start(ready)
 
     def step_report(self) -> dict[str, Any]:
         """What the last step did; collective over the process group.

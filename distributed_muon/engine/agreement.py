@@ -44,10 +44,14 @@ class Agreement:
         present: per tensor, whether any rank has a gradient.
         flags: per flag, whether any rank raised it.
         same_options: whether all ranks brought the same options, as far as 16 bits of a hash can tell in one step.
+        signal: whether any rank's device raised it.
     """
 
-    def __init__(self, square: float, present: list[bool], flags: list[bool], same_options: bool) -> None:
+    def __init__(
+        self, square: float, present: list[bool], flags: list[bool], same_options: bool, signal: bool = False
+    ) -> None:
         self.square, self.present, self.flags, self.same_options = square, present, flags, same_options
+        self.signal = signal
 
     @staticmethod
     def reach(
@@ -57,25 +61,28 @@ class Agreement:
         flags: Sequence[bool],
         options: Sequence[str],
         device: torch.device,
+        signal: Tensor | None = None,
     ) -> Agreement:
         """Sum every rank's view; collective over the data-parallel group.
 
         Args:
             grads: fp32 mean gradients of this rank's shards, padding excluded.
             has_gradient: per tensor, on this rank. flags: anything that must lead to one decision.
-            options: what must be equal on all ranks.
+            options: what must be equal on all ranks. signal: () bool that the host has not read; None is False.
         """
         code = int(hashlib.sha256("\n".join(options).encode()).hexdigest()[:4], 16)
         # fp64 sums where the device has it, so that squares of fp32's largest numbers do not overflow.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        view = torch.tensor([0, code, code * code, *has_gradient, *flags], dtype=wide).to(device)
+        view = torch.tensor([0, code, code * code, 0, *has_gradient, *flags], dtype=wide).to(device)
+        if signal is not None:
+            view[3] = signal
         if grads:
             view[0] = torch.stack(torch._foreach_norm(grads, 2, dtype=wide)).square().sum()
         square, codes, squares, *counts = collectives.all_reduce(view).tolist()
-        raised = [count > 0 for count in counts]
+        signalled, *raised = [count > 0 for count in counts]
         # Numbers whose squares add up to N times the square of their mean are all the same.
         same = squares * collectives.size == codes * codes
-        return Agreement(square, raised[: len(has_gradient)], raised[len(has_gradient) :], same)
+        return Agreement(square, raised[: len(has_gradient)], raised[len(has_gradient) :], same, signalled)
 
     @property
     def norm(self) -> float:

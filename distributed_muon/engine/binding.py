@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class Views:
     moments: dict[str, list[Tensor]] = field(default_factory=dict)
     grads: list[Tensor] = field(default_factory=list)
     others: list[Tensor] = field(default_factory=list)  # on a wire or in a matrix
+    staged: list[Tensor] = field(default_factory=list)  # fp32 temporaries of the same shapes, on an accelerator
+    chunks: list[slice] = field(default_factory=list)  # of all lists: what fits into the stage at a time
     steps: list[Tensor] = field(default_factory=list)
 
     def bind(self, parts: Sequence[Part]) -> None:
@@ -165,8 +168,8 @@ class Binding:
         for (group, step), spans in runs.items():
             views = Views(group, list(_in_cache(spans, self._parts)))
             (self.flat if step is None else self.adamw).append(views)
-            views.steps = [torch.tensor(step) for _ in views.spans] if step is not None else []
             views.bind(self._parts)
+            views.steps = [torch.tensor(step, device=m.device) for m in views.masters] if step is not None else []
         counted = (p for p in self._owned if self._active[p.tensor] and "step" in p.state)
         self.adamw_steps = [p.state["step"] for p in counted]
         self._gradients: list[int] = []
@@ -233,7 +236,7 @@ class Binding:
                 spans.append(Span(piece.rows, piece.cols, (Window(*self._source(piece), piece.stride), first)))
                 again += [Span(piece.rows, piece.cols, (other, first)) for other in others]
         packed = [
-            self._with_others(group, list(_in_cache(merge(spans), self._parts)), slot.held, slot)
+            self._with_others(group, self._cut(spans, always=True), slot.held, slot)
             for group, spans in by_group.items()
         ]
         return packed, _pair(merge(again), slot.held, slot)
@@ -261,13 +264,22 @@ class Binding:
                 window = Window(*self._source(piece), piece.stride)
                 by_rule[group, ratio].append(Span(piece.rows, piece.cols, (window, result)))
         return [
-            (ratio, self._with_others(group, merge(spans), slot.held, slot))
+            (ratio, self._with_others(group, self._cut(spans), slot.held, slot))
             for (group, ratio), spans in by_rule.items()
         ]
+
+    def _cut(self, spans: Sequence[Span], always: bool = False) -> list[Span]:
+        """Merged spans, in the lengths of temporaries where there are any: on the CPU those of `always`."""
+        merged = merge(spans)
+        staged = any(part.master.device.type != "cpu" for part in self._parts)
+        return list(_in_cache(merged, self._parts)) if always or staged else merged
 
     def _with_others(self, group: int, spans: list[Span], wire: Tensor, slot: Slot) -> Views:
         views = Views(group, spans)
         views.others = [span.view(1, _base(span.windows[1], wire, slot)) for span in views.spans]
+        views.chunks = [slice(None)]
+        if self._parts and self._parts[0].master.device == slot.stage.device and slot.stage.numel():
+            views.chunks, views.staged = _stage(views.others, slot.stage)
         return views
 
     def _source(self, piece: Piece) -> tuple[int, int]:
@@ -294,6 +306,18 @@ def _on_wire(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Window]]:
 def _in_cache(runs: Sequence[Span], parts: Sequence[Part]) -> Iterator[Span]:
     for run in runs:
         yield from cached(run, parts[run.windows[0].base].master.device)
+
+
+def _stage(views: Sequence[Tensor], stage: Tensor) -> tuple[list[slice], list[Tensor]]:
+    """Places in `stage` of tensors like `views`, and the runs of them that are there at a time."""
+    starts, staged, at = [0], [], 0
+    for number, view in enumerate(views):
+        if at + view.numel() > stage.numel():
+            starts.append(number)
+            at = 0
+        staged.append(stage.narrow(0, at, view.numel()).view(view.shape))
+        at += view.numel()
+    return [slice(*ends) for ends in pairwise([*starts, len(views)])], staged
 
 
 def _base(window: Window, wire: Tensor, slot: Slot) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -77,6 +77,37 @@ class Part:
         """Round the masters into the parameters' own elements."""
         if self.has_copies:
             self.values.copy_(self.master)
+
+
+def publish_all(parts: Iterable[Part]) -> None:
+    """`publish` of many parts, in few kernels."""
+    copied = [part for part in parts if part.has_copies]
+    if copied:
+        torch._foreach_copy_([part.values for part in copied], [part.master for part in copied])
+
+
+def written(parts: Iterable[Part]) -> Tensor | None:
+    """Whether elements of the parameters do not follow from the masters, in few kernels and unknown to the host.
+
+    Returns:
+        () bool on the parts' device; None where no part has masters of its own.
+    """
+    copied = [part for part in parts if part.has_copies]
+    length = _CHUNK if all(part.master.is_cpu for part in copied) else 8 * _CHUNK  # 64 MiB
+    runs = [run for part in copied for run in zip(part.values.split(length), part.master.split(length), strict=True)]
+    found = []
+    while runs:
+        some, total = [], 0
+        while runs and total + runs[-1][0].numel() <= length:
+            some.append(runs.pop())
+            total += some[-1][0].numel()
+        values, masters = zip(*some, strict=True)
+        flat = torch.empty(total, dtype=values[0].dtype, device=values[0].device)
+        rounded = flat.split([run.numel() for run in values])
+        torch._foreach_copy_(rounded, masters)
+        torch._foreach_sub_(rounded, values)
+        found.append(flat.any())  # a nan counts
+    return torch.stack(found).any() if found else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ from distributed_muon.engine.state import Member, OwnedParameter, Part, own_para
 from distributed_muon.engine.team import orthogonalize_block
 from distributed_muon.engine.timing import StepTimer, Times
 from distributed_muon.engine.update import adamw_update, advance_momentum, apply_update, decay, pack_momentum
+from distributed_muon.engine.views import STAGE
 from distributed_muon.engine.workspace import Workspace
 from distributed_muon.layout.cost_model import NewtonSchulzCost, hardware_of
 from distributed_muon.layout.pieces import Layout, Shard
@@ -128,13 +129,12 @@ class ShardedStep:
             active: per tensor, whether it has a gradient on any rank, alike on all ranks; the others keep their
                 state. None: all, or with zero_gradients="skip" those whose gradient is not zero everywhere.
             after_wave: called with the number of each wave whose masters are up to date, and before them with -1
-                once AdamW's are.
+                once AdamW's are; all when the last wave's results are on their way. What it sends must not get ahead
+                of the exchange: collectives of a communicator run in the order in which they were started.
         """
         if active is None:
             active = self.nonzero() if self.options.zero_gradients == "skip" else [True] * len(self.members)
         bound = self._bind(tuple(active))
-        self._adamw(bound)
-        after_wave(-1)
         self.measures.clear()
         with self._workspace:
             with self.timer("momentum"):
@@ -143,42 +143,49 @@ class ShardedStep:
                     advance_momentum(run.moments["momentum_buffer"], run.grads, group["momentum"])
                     decay(run.masters, float(group["lr"]), group["weight_decay"])
             flights: deque[tuple[int, Iterator[None]]] = deque()
+            done = deque([-1])
             for number, wave in enumerate([*bound.waves, None, None]):
                 if wave is not None:  # send this wave's slices,
-                    flights.append((number, self._wave(wave)))
+                    flights.append((number, self._wave(wave, number)))
                     next(flights[-1][1])
+                if number == 0:
+                    self._adamw(bound)  # under the way of the first ones
                 if 1 <= number <= len(bound.waves):  # meanwhile orthogonalize the wave before,
                     next(flights[number - flights[0][0] - 1][1])
                 if number >= 2:  # and finish the one whose results have travelled under that
-                    done, flight = flights.popleft()
+                    finished, flight = flights.popleft()
                     next(flight, None)
-                    after_wave(done)
+                    done.append(finished)
+                while number >= len(bound.waves) and done:
+                    after_wave(done.popleft())
 
-    def _wave(self, wave: BoundWave) -> Iterator[None]:
-        with self.timer("momentum"):
+    def _wave(self, wave: BoundWave, number: int) -> Iterator[None]:
+        with self.timer("momentum", number):
             for views in wave.packed:
                 group = self.param_groups[views.group]
-                pack_momentum(
-                    views.grads, views.moments["momentum_buffer"], views.others, group["momentum"], group["nesterov"]
-                )
+                momenta, options = views.moments["momentum_buffer"], (group["momentum"], group["nesterov"])
+                for some in views.chunks:
+                    pack_momentum(views.grads[some], momenta[some], views.others[some], *options, views.staged[some])
             _copy(*wave.copies)
         wave.to_homes.start()
         yield
-        with self.timer("gather_wait"):
+        with self.timer("gather_wait", number):
             wave.to_homes.wait()
-        with self.timer("newton_schulz"):
+        with self.timer("newton_schulz", number):
             _copy(*wave.unpacked)
             for stack in wave.stacks:
                 self._orthogonalize(stack)
-        with self.timer("scatter_pack"):
+        with self.timer("scatter_pack", number):
             _copy(*wave.returned)
         wave.from_homes.start()
         yield
-        with self.timer("scatter_wait"):
+        with self.timer("scatter_wait", number):
             wave.from_homes.wait()
-        with self.timer("update"):
+        with self.timer("update", number):
             for ratio, views in wave.updates:
-                apply_update(views.masters, views.others, float(self.param_groups[views.group]["lr"]), ratio)
+                lr = float(self.param_groups[views.group]["lr"])
+                for some in views.chunks:
+                    apply_update(views.masters[some], views.others[some], lr, ratio, views.staged[some])
 
     def _orthogonalize(self, stack: Stack) -> None:
         """Newton-Schulz of (matrices, rows, cols), or of this rank's block of one matrix, in place."""
@@ -249,11 +256,14 @@ class ShardedStep:
 
     # ---- agreement and report --------------------------------------------------------------------------
 
-    def agree(self, has_gradient: Sequence[bool], flags: Sequence[bool] = ()) -> Agreement:
+    def agree(
+        self, has_gradient: Sequence[bool], flags: Sequence[bool] = (), signal: Tensor | None = None
+    ) -> Agreement:
         """One view of this step's gradients on all ranks; one all-reduce over the domain.
 
         Args:
             has_gradient: per tensor, on this rank. flags: anything that must lead to one decision.
+            signal: () bool on the device, one flag more that the host need not know before the others'.
 
         Raises:
             RuntimeError: options of parameter groups, such as a scheduled lr, differ between ranks.
@@ -261,7 +271,7 @@ class ShardedStep:
         with self.timer("agreement"):
             options = [f"group {i} {describe_group(group)}" for i, group in enumerate(self.param_groups)]
             agreement = Agreement.reach(
-                self.collectives, self._gradients.views(), has_gradient, flags, options, self.device
+                self.collectives, self._gradients.views(), has_gradient, flags, options, self.device, signal
             )
         if not agreement.same_options:
             check_same_everywhere(self.collectives, options)
@@ -302,12 +312,14 @@ def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)
 
 
-def _slot_sizes(plan: Plan, wave: Wave) -> tuple[int, int, int]:
+def _slot_sizes(plan: Plan, wave: Wave) -> tuple[int, int, int, int]:
     """Elements that a wave needs of each buffer of its slot."""
     mine = (matrix for stack in (*wave.stacks, wave.blocks) for matrix in stack)
     gather, scatter = wave.gather, wave.scatter
+    held = [piece.numel for piece in wave.held]
     return (
         sum(plan.layout.matrices[matrix].numel for matrix in mine),
         max(sum(gather.send_counts), sum(scatter.recv_counts)),
         max(sum(gather.recv_counts), sum(scatter.send_counts)),
+        min(sum(held), max([STAGE, *held])),
     )

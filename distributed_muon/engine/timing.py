@@ -76,10 +76,11 @@ class StepTimer:
         return taken
 
     @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
+    def __call__(self, phase: str, wave: int | None = None) -> Iterator[None]:
         # Only while a profiler listens: a range costs microseconds even when nobody does.
         profiling = torch.autograd.profiler._is_profiler_enabled
-        with torch.profiler.record_function(phase) if profiling else nullcontext(), self._span("phase", phase):
+        name = phase if wave is None else f"{phase} of wave {wave}"
+        with torch.profiler.record_function(name) if profiling else nullcontext(), self._span("phase", phase):
             yield
 
     def flight(self, label: str, sent_bytes: int) -> Flight:

@@ -41,16 +41,26 @@ def advance_momentum(momenta: Sequence[Tensor], grads: Sequence[Tensor], mu: flo
 
 
 def pack_momentum(
-    grads: Sequence[Tensor], momenta: Sequence[Tensor], targets: Sequence[Tensor], mu: float, nesterov: bool
+    grads: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    mu: float,
+    nesterov: bool,
+    staged: Sequence[Tensor] = (),
 ) -> None:
     """Round what is orthogonalized into `targets`: lerp(g, m, mu) with Nesterov momentum, m itself without.
 
     Args:
         grads, momenta: fp32, not written. targets: of the wire's dtype, equal shapes.
+        staged: fp32 temporaries of these shapes, if there are some.
     """
     if nesterov and targets and momenta[0].device.type == "cpu":  # one temporary at a time: it stays in the cache
         for grad, momentum, target in zip(grads, momenta, targets, strict=True):
             target.copy_(torch.lerp(grad, momentum, mu))
+    elif nesterov and staged:
+        torch._foreach_copy_(staged, grads)
+        torch._foreach_lerp_(staged, momenta, mu)
+        torch._foreach_copy_(targets, staged)
     else:
         torch._foreach_copy_(targets, torch._foreach_lerp(grads, momenta, mu) if nesterov else momenta)
 
@@ -60,15 +70,22 @@ def decay(masters: Sequence[Tensor], lr: float, weight_decay: float) -> None:
     torch._foreach_mul_(masters, 1 - lr * weight_decay)
 
 
-def apply_update(masters: Sequence[Tensor], updates: Sequence[Tensor], lr: float, ratio: float) -> None:
+def apply_update(
+    masters: Sequence[Tensor], updates: Sequence[Tensor], lr: float, ratio: float, staged: Sequence[Tensor] = ()
+) -> None:
     """p = p - lr * ratio * update in place.
 
     Args:
         masters: fp32. updates: fp32 or bf16, same shapes, and on another device where masters are offloaded.
         ratio: `lr_ratio` of their matrices.
+        staged: fp32 temporaries of these shapes, if there are some: where dtypes differ, a list is added one kernel
+            per tensor.
     """
     if masters and masters[0].device != updates[0].device:
         updates = [update.to(masters[0].device) for update in updates]
+    if staged and updates[0].dtype != torch.float32:
+        torch._foreach_copy_(staged, updates)
+        updates = staged
     torch._foreach_add_(masters, updates, alpha=-lr * ratio)
 
 
@@ -87,7 +104,7 @@ def adamw_update(
     """torch.optim.AdamW's step on flat shards, in place; elementwise, so shards do not matter.
 
     Args:
-        masters, grads, exp_avgs, exp_avg_sqs: fp32 lists of equal shapes. steps: fp32 scalars on the CPU.
+        masters, grads, exp_avgs, exp_avg_sqs: fp32 lists of equal shapes. steps: fp32 scalars on their device.
     """
     adamw(
         list(masters),
@@ -96,6 +113,8 @@ def adamw_update(
         list(exp_avg_sqs),
         [],
         list(steps),
+        # One kernel on an accelerator, without a copy of exp_avg_sq. On the CPU its bits are not torch's default's.
+        fused=bool(masters) and masters[0].device.type != "cpu",
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],

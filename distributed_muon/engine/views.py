@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Elements of the four tensors of an AdamW update that a core's cache holds at a time.
 _CACHE = 1 << 16
+# Elements of fp32 temporaries on an accelerator: 64 MiB, as much as a wave.
+STAGE = 1 << 24
 
 
 class Window(NamedTuple):
@@ -37,13 +39,14 @@ class Span(NamedTuple):
 
 
 def cached(run: Span, device: torch.device) -> Iterator[Span]:
-    """A run, on the CPU in lengths that stay in a core's cache from one operation to the next."""
-    if run.rows > 1 or device.type != "cpu":
+    """A run, in lengths whose temporaries stay small: on the CPU in a core's cache from one operation to the next."""
+    length = _CACHE if device.type == "cpu" else STAGE
+    if run.rows > 1 or run.cols <= length:
         yield run
         return
-    for at in range(0, run.cols, _CACHE):
+    for at in range(0, run.cols, length):
         windows = tuple(Window(base, offset + at, stride) for base, offset, stride in run.windows)
-        yield Span(1, min(_CACHE, run.cols - at), windows)
+        yield Span(1, min(length, run.cols - at), windows)
 
 
 def merge(spans: Iterable[Span]) -> list[Span]:

@@ -19,11 +19,13 @@ class Slot(NamedTuple):
         matrices: whole matrices at their home, stack after stack: the gathered input, then the output.
         held: the wire at the holders' end: pieces sent to homes, later the results received.
         home: the wire at the homes' end: pieces received, later the results sent back.
+        stage: fp32, of all slots together, for what an operation leaves to the next one at once; empty on the CPU.
     """
 
     matrices: Tensor
     held: Tensor
     home: Tensor
+    stage: Tensor
 
 
 class Workspace:
@@ -33,16 +35,16 @@ class Workspace:
     held; views made once are good in every step.
 
     Args:
-        sizes: per wave, the elements of each of a Slot's buffers. dtype, device: of all.
+        sizes: per wave, the elements of each of a Slot's buffers. dtype, device: of all but the stage's dtype.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device) -> None:
         self._slots = []
+        staged = 0 if device.type == "cpu" else max((size[-1] for size in sizes), default=0)
+        stage = torch.empty(staged, dtype=torch.float32, device=device)
         for first in range(min(IN_FLIGHT, len(sizes))):
-            turns = sizes[first::IN_FLIGHT]
-            self._slots.append(
-                Slot(*(torch.empty(max(n), dtype=dtype, device=device) for n in zip(*turns, strict=True)))
-            )
+            own = [max(n) for n in zip(*sizes[first::IN_FLIGHT], strict=True)][:-1]
+            self._slots.append(Slot(*(torch.empty(n, dtype=dtype, device=device) for n in own), stage))
         self._bytes = [[buffer.untyped_storage().nbytes() for buffer in slot] for slot in self._slots]
         self.__exit__()
 

@@ -25,7 +25,7 @@ class FlatBucket:
 
     Attributes:
         flat: (numel,) parameter dtype, the memory of the parameters. grad: (numel,) fp32 local gradient sums, or None.
-        part: this rank's (numel / dp,) masters, values and mean gradient.
+        ranks: that cut it. part: this rank's (numel / dp,) masters, values and mean gradient.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class FlatBucket:
         collectives: Collectives,
         own_gradients: bool,
     ) -> None:
-        self.spec, self._collectives = spec, collectives
+        self.spec, self._collectives, self.ranks = spec, collectives, collectives.size
         self._members = [(params[tensor], names[tensor]) for tensor in spec.tensors]
         first, size = self._members[0][0], spec.numel // collectives.size
         self.flat = torch.zeros(spec.numel, dtype=first.dtype, device=first.device)
@@ -111,23 +111,18 @@ class FlatBucket:
         return dtype != torch.float32 or self._collectives.direct
 
     def reduce_scatter(self, dtype: torch.dtype) -> Pending:
-        """Start `part.grad` = mean over ranks of `grad`, summed in `dtype`; collective over the DP group."""
+        """Start `part.grad` = sum over ranks of `grad`, added up in `dtype`; collective over the DP group."""
         assert self.grad is not None
         output, source = self.part.grad, self.grad
         if dtype != torch.float32:
             output, source = output.to(dtype), source.to(dtype)
         pending = self._collectives.reduce_scatter(output, source)
 
-        def mean() -> None:
-            if output is not self.part.grad:
-                self.part.grad.copy_(output)
-            self.part.grad.div_(self._collectives.size)
-
-        return Pending([pending], output, source, finish=mean)
+        widen = None if output is self.part.grad else lambda: self.part.grad.copy_(output)
+        return Pending([pending], output, source, finish=widen)
 
     def all_gather(self) -> Pending:
-        """Round the masters into this rank's part of `flat` and start gathering the others' parts."""
-        self.part.publish()
+        """Start gathering the others' parts of `flat`, of which this rank's was published."""
         return self._collectives.all_gather(self.flat)
 
 

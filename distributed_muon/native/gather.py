@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from distributed_muon.engine.collectives import Pending
+from distributed_muon.engine.state import publish_all
 from distributed_muon.engine.timing import StepTimer
 from distributed_muon.native.buckets import FlatBucket
 
@@ -29,9 +30,11 @@ class ParameterGatherer:
         self._hooks: list[RemovableHandle] = []
         self.overlap = False
 
-    def start(self, index: int) -> None:
-        """Start the all-gather of one bucket; collective over the DP group."""
-        self._pending[index] = self._buckets[index].all_gather()
+    def start(self, indices: Sequence[int]) -> None:
+        """Round masters into their buckets and start the all-gathers; collective over the DP group."""
+        publish_all(self._buckets[index].part for index in indices)
+        for index in indices:
+            self._pending[index] = self._buckets[index].all_gather()
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the buckets' all-gathers that are under way, all of them if None."""

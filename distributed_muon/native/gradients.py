@@ -60,6 +60,7 @@ class GradientReducer:
         ]
         self._accumulating = [False] * len(params)
         self._pending: dict[int, Pending] = {}
+        self._sums: set[int] = set()  # buckets whose shard is, or will be, a sum over ranks
         self._hooks = [hook for tensor in range(len(params)) for hook in self._attach(tensor)]
         self.restart()
         _ALIVE.add(self)
@@ -161,6 +162,7 @@ class GradientReducer:
         while not self._is_free():
             self._wait(next(iter(self._pending)))
         self._pending[index] = bucket.reduce_scatter(self._dtype)
+        self._sums.add(index)
         self._launched = max(self._launched, index + 1)
         self._stale[index] = False
 
@@ -200,9 +202,12 @@ class GradientReducer:
         return list(self._stale)
 
     def wait(self) -> None:
-        """Wait for the reduce-scatters that have started."""
+        """Wait for the reduce-scatters that have started, and make means of their sums."""
         for index in list(self._pending):
             self._wait(index)
+        if self._sums:
+            torch._foreach_div_([self._buckets[index].part.grad for index in self._sums], self._buckets[0].ranks)
+            self._sums.clear()
 
     def reduce_again(self, buckets: Sequence[int]) -> None:
         """Repeat the reduce-scatter of the buckets that are stale on any rank."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from distributed_muon.engine.collectives import Collectives
+from distributed_muon.engine.state import written
 from distributed_muon.native.buckets import FlatBucket
 from distributed_muon.native.gather import ParameterGatherer
 
@@ -48,8 +49,8 @@ class LinkedParameters:
             buffer.copy_(self._collectives.broadcast(buffer.contiguous()))
 
     @torch.no_grad()
-    def follow(self) -> str | None:
-        """Take over what was written into the parameters or moved since the last step; no collective.
+    def link(self) -> str | None:
+        """Take back parameters that were moved since the last step; no collective.
 
         Returns:
             What cannot be taken over, in words.
@@ -73,14 +74,24 @@ class LinkedParameters:
                     "optimizer.gather_params() after loading, before the first forward"
                 )
         self.behind = False
-        for bucket in self._buckets:
-            bucket.part.adopt()
         return None
 
+    def written(self) -> torch.Tensor | None:
+        """Whether anything was written into the parameters since the last step; () bool, None where masters see it."""
+        return written(bucket.part for bucket in self._buckets)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Let masters take over what was written into the parameters; no collective."""
+        for bucket in self._buckets:
+            bucket.part.adopt()
+
     def adopt(self) -> None:
-        """`follow`, unless restored masters lead; raises a RuntimeError for what cannot be taken over."""
-        if not self.behind and (problem := self.follow()) is not None:
-            raise RuntimeError(problem)
+        """`link` and `follow`, unless restored masters lead; a RuntimeError for what cannot be taken over."""
+        if not self.behind:
+            if (problem := self.link()) is not None:
+                raise RuntimeError(problem)
+            self.follow()
 
     def masters_restored(self) -> None:
         """Note whether the parameters follow from masters that were loaded."""
@@ -91,8 +102,7 @@ class LinkedParameters:
         """Rebuild every parameter from the masters of all ranks; collective."""
         self.adopt()
         self._gatherer.wait()
-        for index in range(len(self._buckets)):
-            self._gatherer.start(index)
+        self._gatherer.start(range(len(self._buckets)))
         self._gatherer.wait()
         self.behind = False
 
