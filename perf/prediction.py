@@ -98,7 +98,7 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
     compute: list[list[float]] = [[] for _ in range(training.dp * training.tp)]  # by rank and domain
     domain_waves: list[WaveSeconds] = []
     for domain, buckets in zip(stage.domains, stage.buckets, strict=True):
-        place = _place(domain, training, machine)
+        place = place_of(domain, training, machine)
         local = sum(tensor.numel for tensor in domain.plan.layout.tensors)
         muon = 0 if adamw else sum(t.numel for t in domain.plan.layout.tensors if t.rule is not None)
         for kind, share in (("reduce_scatter", 4 / 6), ("all_gather", 2 / 6)):
@@ -161,7 +161,7 @@ class _Place:
         return calls * self.ring_latency + sent_bytes / self.ring_rate
 
 
-def _place(domain: DomainPlan, training: Workload, machine: Machine) -> _Place:
+def place_of(domain: DomainPlan, training: Workload, machine: Machine) -> _Place:
     hardware, world = machine.hardware, domain.plan.layout.world
     stride = domain.ranks_per_slice
     in_node = max(1, min(world, hardware.node_ranks // stride))
