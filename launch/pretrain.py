@@ -14,6 +14,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distributed_muon import DistributedMuon, checkpoint, muon_param_groups
 from launch import arguments
 from launch.job import run_job
@@ -86,13 +88,13 @@ class PlainTrainer(Trainer):
 
     def forward_backward(self) -> tuple[float, float]:
         """The last microbatch's backward reduces the gradients."""
-        total, count = 0.0, self.args.accumulation
+        losses, count = [], self.args.accumulation
         for number, (tokens, targets) in enumerate(self.microbatches(), 1):
             with nullcontext() if number == count else self.optimizer.no_sync():
                 loss = self.model(tokens, targets)
                 (loss / count).backward()
-            total += loss.item()
-        return total, count
+            losses.append(loss.detach())
+        return sum(torch.stack(losses).tolist()), count  # the host waits once, not for every microbatch
 
     def update(self) -> dict[str, float]:
         """Clip, step, and balance the experts.

@@ -15,6 +15,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distributed_muon.integrations.deepspeed import CONFIG_BLOCK, optimizer_from_config
 from launch import arguments
 from launch.job import run_job
@@ -91,14 +93,15 @@ class DeepSpeedTrainer(Trainer):
 
     def forward_backward(self) -> tuple[float, float]:
         """DeepSpeed counts microbatches in `step`, and reduces where its config says."""
-        total = 0.0
+        losses = []
         for number, batch in enumerate(self.microbatches()):
             if number:
                 self.engine.step()  # not the last of the step: nothing but counting
             loss = self.engine(*batch)
             self.engine.backward(loss)
-            total += loss.item()
-        return total, self.args.accumulation
+            losses.append(loss.detach())
+        # The host waits once, not for every microbatch.
+        return sum(torch.stack(losses).tolist()), self.args.accumulation
 
     def update(self) -> dict[str, float]:
         """The step after the last microbatch, and the balance of the experts."""

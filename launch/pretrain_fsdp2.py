@@ -85,13 +85,13 @@ class FullyShardedTrainer(Trainer):
 
     def forward_backward(self) -> tuple[float, float]:
         """The last microbatch's backward reduces the gradients."""
-        total, count = 0.0, self.args.accumulation
+        losses, count = [], self.args.accumulation
         for number, (tokens, targets) in enumerate(self.microbatches(), 1):
             self.model.set_requires_gradient_sync(number == count)
             loss = self.model(tokens, targets)
             (loss / count).backward()
-            total += loss.item()
-        return total, count
+            losses.append(loss.detach())
+        return sum(torch.stack(losses).tolist()), count  # the host waits once, not for every microbatch
 
     def update(self) -> dict[str, float]:
         """Clip, step, and balance the experts.
