@@ -10,7 +10,7 @@ RANKS ?= 2
 # Extra flags for the trainer: make train ARGS="--optimizer adamw"
 ARGS ?=
 
-.PHONY: setup setup-integrations train test test-slow test-gpu fuzz lint
+.PHONY: setup setup-integrations train test test-slow test-gpu bench-gpu fuzz lint
 
 setup: $(VENV)/.installed
 
@@ -53,6 +53,19 @@ fuzz: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+# Everything that wants GPUs: tests, a step under torch's race detector, and measurements for perf/results.
+GPUS ?= $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+GPU_RESULTS = perf/results/gpu-
+ON_GPUS = $(BIN)/torchrun --standalone --nproc_per_node $(GPUS) -m perf.step --device cuda
+bench-gpu: SHELL = /bin/bash -o pipefail
+bench-gpu: test-gpu
+	@test $(GPUS) -ge 2 || { echo "error: perf.step wants two GPUs or more, here are $(GPUS)" >&2; exit 1; }
+	TORCH_CUDA_SANITIZER=1 $(ON_GPUS) --ours --layers 1 --rounds 1
+	$(BIN)/python -m perf.newton_schulz --device cuda --json $(GPU_RESULTS)newton_schulz.json \
+	    | tee $(GPU_RESULTS)newton_schulz.txt
+	$(ON_GPUS) --json $(GPU_RESULTS)step.json | tee $(GPU_RESULTS)step.txt
+	$(BIN)/python -m perf.report
 
 lint: setup
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ from perf.report.benchmark import check_section, check_tile, sweep_section
 from perf.report.communication import comm_section, links_section
 from perf.report.newton_schulz import newton_schulz_section, newton_schulz_tile
 from perf.report.overhead import overhead_section
-from perf.report.page import STYLE, Section, Tile
+from perf.report.page import STYLE, Section, Tile, note
 from perf.report.sample_efficiency import sample_efficiency_section, sample_efficiency_tile
 from perf.report.scale import scale_section, scale_tiles, traffic_section
 from perf.report.step import deepspeed_section, fsdp2_section, megatron_section, step_section, step_tile
@@ -40,6 +40,7 @@ def _one(section: Callable[[Any], Section]) -> Callable[[Any], list[Section]]:
 
 
 BENCHMARKS = ("benchmark", "two_hosts")
+GPU = "gpu-"  # what the names of `make bench-gpu`'s results begin with
 SECTIONS: dict[str, Callable[[Any], list[Section]]] = {
     "step": _one(step_section),
     "overhead": _one(overhead_section),
@@ -84,6 +85,8 @@ def build(results: Mapping[str, Sequence[Result]]) -> str:
                 raise ValueError(
                     f"{result.path} is no result of this perf.{kind} ({type(error).__name__}: {error}): measure again"
                 ) from error
+    if not any(result.path.name.startswith(GPU) for some in results.values() for result in some):
+        found.append(("GPU", note("Not run on a GPU. Where there is one, make bench-gpu measures it.")))
     lead = "What Muon costs beside ZeRO-1 AdamW: measured where we could, predicted where we could not."
     numbers = tiles({kind: [result.content for result in some] for kind, some in results.items()})
     return document("distributed_muon: performance", lead, numbers, found)
@@ -102,14 +105,14 @@ def document(title: str, lead: str, numbers: Iterable[Tile], sections: Iterable[
 
 
 def load(folder: Path) -> dict[str, list[Result]]:
-    """Results by kind, sorted by file name.
+    """Results by kind, sorted by file name, those of GPUs last.
 
     Raises:
         ValueError: no result is there, or one is not JSON.
     """
     results: dict[str, list[Result]] = {}
     for kind in SECTIONS:
-        for path in sorted(folder.glob(f"{kind}*.json")):
+        for path in [*sorted(folder.glob(f"{kind}*.json")), *sorted(folder.glob(f"{GPU}{kind}*.json"))]:
             try:
                 results.setdefault(kind, []).append(Result(path, json.loads(path.read_text(encoding="utf-8"))))
             except json.JSONDecodeError as error:
