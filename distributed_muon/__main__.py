@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--strategy", choices=STRATEGIES, default=Job.strategy, help=f"{homes} (%(default)s)")
     plan.add_argument(
         "--bucket-mb", type=float, metavar="F",
-        help="MiB of fp32 gradient per bucket (40 million elements, dp / 4 million if more)",
+        help="MiB of fp32 gradient per bucket (40 to 64 million elements, dp / 4 million if more)",
     )  # fmt: skip
     plan.add_argument("--json", action="store_true", help="one JSON object")
     plan.set_defaults(run=_plan)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,8 +163,7 @@ class DistributedMuon(torch.optim.Optimizer):
             self.check_replicas()
         skipped = self._must_skip(agreement)
         if not skipped:
-            self._not_gathered = list(range(len(self._buckets)))  # the last is the first layers'
-            self._engine.step(agreement.present, after_wave=self._start_gathers)
+            self._engine.step(agreement.present, after_wave=partial(self._gatherer.start_after, self._last_wave))
             if not self._gatherer.overlap:
                 self._gatherer.wait()
         if self._reducer is not None:
@@ -215,16 +215,6 @@ class DistributedMuon(torch.optim.Optimizer):
                 'not taken and no state changed; pass nonfinite="skip" to skip such steps'
             )
         return agreement.nonfinite
-
-    def _start_gathers(self, after_wave: int) -> None:
-        """Start the all-gathers of buckets that are updated up to this wave (-1: AdamW), in the forward's order.
-
-        A bucket waits for those before it, for the forward will want them first.
-        """
-        ready = []
-        while self._not_gathered and self._last_wave[self._not_gathered[-1]] <= after_wave:
-            ready.append(self._not_gathered.pop())
-        self._gatherer.start(ready)
 
     def step_report(self) -> dict[str, Any]:
         """What the last step did; collective over the process group.

@@ -132,8 +132,9 @@ def predicted_bytes(optimizer: DistributedMuon) -> dict[str, int]:
     for wave in plan.schedule(rank):
         out["to_homes"] += sum(wave.gather.send_counts) * wire
         out["from_homes"] += sum(wave.scatter.send_counts) * wire
-    # fp64: the norm, two of the options' hash, a flag per tensor and per bucket, and one for what cannot be followed.
-    agreed = 8 * (3 + len(plan.layout.tensors) + len(optimizer._buckets) + 1)
+    # fp64: the norm, two of the options' hash, a flag per tensor and per bucket, one for what cannot be followed, and
+    # one for what was written into parameters.
+    agreed = 8 * (4 + len(plan.layout.tensors) + len(optimizer._buckets) + 1)
     out["all_reduce"] = 2 * (agreed * (size - 1) // size)
     out["team"] = plan.team_bytes_by_rank[rank]
     return dict(out)

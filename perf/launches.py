@@ -93,7 +93,7 @@ def _launches(name: str, args: Sequence[Any]) -> int:
     one_dtype = all(len(found) == 1 for found in dtypes) and (name == "_foreach_copy_" or len(set.union(*dtypes)) == 1)
     alike = all(len({(t.shape, t.stride()) for t in same}) == 1 for same in zip(*lists, strict=True))
     dense = all(t.is_contiguous() for some in lists for t in some)
-    if not (one_dtype and alike and dense):
+    if not (one_dtype and alike and dense) and name.startswith("_foreach"):
         return count
     depth = len(lists) + (not name.endswith("_"))
     return -(-count // _TENSORS_A_LAUNCH[depth - 1])

@@ -143,7 +143,7 @@ def assumptions(training: Training, machine: Machine) -> dict[str, Any]:
         **hardware_entries,
         **machine_entries,
         "wire": "fp32 reduce-scatter, bf16 all-gather, bf16 all-to-all",
-        "bucket": "40 million elements, a quarter of a million per data-parallel rank if more",
+        "bucket": "40 to 64 million elements, a quarter of a million per data-parallel rank if more",
     }
 
 

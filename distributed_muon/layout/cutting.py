@@ -26,11 +26,15 @@ class Bucket(NamedTuple):
 def bucket_elements(bucket_mb: float | None, dp: int) -> int:
     """Elements of a bucket of `bucket_mb` MiB of fp32 gradient.
 
-    None is 40 M elements, and at least 250 k per rank: messages so large that the latency of a ring, which grows with
-    its ranks, is a fifth of them. Larger ones (Megatron takes a million per rank) leave more at the ends of backward
-    and step, where nothing runs beside the last and the first bucket.
+    None is Megatron's rule for up to 64 ranks, 40 M elements and at least 1 M per rank; beyond it is 64 M, and at
+    least 250 k per rank. That keeps a ring's latency, which grows with its ranks, at a fifth of a message. Larger
+    buckets leave more at the ends of backward and step, where nothing runs beside the last and the first of them.
     """
-    return max(40_000_000, 250_000 * dp) if bucket_mb is None else max(1, round(bucket_mb * 2**18))
+    return (
+        max(40_000_000, 1_000_000 * min(dp, 64), 250_000 * dp)
+        if bucket_mb is None
+        else max(1, round(bucket_mb * 2**18))
+    )
 
 
 def make_buckets(

@@ -27,6 +27,7 @@ class ParameterGatherer:
     def __init__(self, buckets: Sequence[FlatBucket], params: Sequence[nn.Parameter], timer: StepTimer) -> None:
         self._buckets, self._params, self._timer = buckets, params, timer
         self._pending: dict[int, Pending] = {}
+        self._left: list[int] = []
         self._hooks: list[RemovableHandle] = []
         self.overlap = False
 
@@ -35,6 +36,19 @@ class ParameterGatherer:
         publish_all(self._buckets[index].part for index in indices)
         for index in indices:
             self._pending[index] = self._buckets[index].all_gather()
+
+    def start_after(self, last_wave: Sequence[int], wave: int) -> None:
+        """Start the buckets that are updated up to this wave, in the forward's order, which will want them so.
+
+        Args:
+            last_wave: per bucket, the wave that updates the last of it. wave: called with -1 (AdamW) first.
+        """
+        if wave < 0:
+            self._left = list(range(len(self._buckets)))  # the first layers come last
+        ready = []
+        while self._left and last_wave[self._left[-1]] <= wave:
+            ready.append(self._left.pop())
+        self.start(ready)
 
     def wait(self, indices: Iterable[int] | None = None) -> None:
         """Wait for the buckets' all-gathers that are under way, all of them if None."""

@@ -42,8 +42,8 @@ class Job:
         layout: "flat" (one buffer), "bucketed" (every bucket cut dp ways, whatever straddles) or "aligned"
             (bucketed, ordered so that few matrices straddle).
         strategy: as in `make_plan`.
-        bucket_mb: MiB of fp32 gradients per bucket; None is the larger of 40 million and a
-            quarter of dp million elements. "flat" has no use for it.
+        bucket_mb: MiB of fp32 gradients per bucket; None is the rule of
+            `bucket_elements`. "flat" has no use for it.
     """
 
     dp: int

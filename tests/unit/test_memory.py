@@ -101,21 +101,29 @@ def test_slots_are_as_large_as_what_travels() -> None:
     total = [0] * 4
     for rank in range(4):
         for wave in plan.schedule(rank):
-            matrices, held, home = _slot_sizes(plan, wave)
+            matrices, held, home, stage = _slot_sizes(plan, wave)
             assert matrices == sum(plan.layout.matrices[m].numel for stack in wave.stacks for m in stack)
             sent, received = (sum(p.numel for p in pieces) for pieces in (wave.gather.send, wave.gather.recv))
             back_sent, back = (sum(p.numel for p in pieces) for pieces in (wave.scatter.send, wave.scatter.recv))
             assert (held, home) == (max(sent, back), max(received, back_sent))
+            assert stage == sum(p.numel for p in wave.held)
             total[rank] += 2 * (sent + back_sent)
     assert total == plan.exchange_bytes_by_rank and max(total) > 0
-    workspace = Workspace([(10, 20, 30), (40, 5, 6), (1, 2, 3), (20, 9, 70)], torch.bfloat16, torch.device("cpu"))
+    sizes = [(10, 20, 30, 7), (40, 5, 6, 8), (1, 2, 3, 9), (20, 9, 70, 6)]
+    on_meta = Workspace(sizes, torch.bfloat16, torch.device("meta")).slot(1)
+    assert [(buffer.numel(), buffer.dtype) for buffer in on_meta[1:]] == [
+        (5, torch.bfloat16),
+        (6, torch.bfloat16),
+        (9, torch.float32),
+    ], "one stage for all slots"
+    workspace = Workspace(sizes, torch.bfloat16, torch.device("cpu"))
     slots = [workspace.slot(number) for number in range(3)]
     assert workspace.slot(3) is slots[0]
-    sizes = lambda: [[buffer.untyped_storage().nbytes() for buffer in slot] for slot in slots]  # noqa: E731
-    assert sizes() == [[0, 0, 0]] * 3
+    held = lambda: [[buffer.untyped_storage().nbytes() for buffer in slot] for slot in slots]  # noqa: E731
+    assert held() == [[0, 0, 0, 0]] * 3
     with workspace:
-        assert sizes() == [[40, 40, 140], [80, 10, 12], [2, 4, 6]]
-    assert sizes() == [[0, 0, 0]] * 3
+        assert held() == [[40, 40, 140, 0], [80, 10, 12, 0], [2, 4, 6, 0]]
+    assert held() == [[0, 0, 0, 0]] * 3
 
 
 def test_a_collectives_tensors_live_until_it_is_waited_for() -> None:
