@@ -87,9 +87,13 @@ def measured_training(measured: Mapping[str, Any], name: str) -> MeasuredTrainin
     states = [value for p in optimizer.sharded_parameters for value in (p.master, *p.state.values())]
     state_bytes = sum(value.nbytes for value in states)
     ring_bytes = sent["reduce_scatter"] + sent["all_gather"]
-    domain = DomainPlan("all", optimizer.plan, 1, state_bytes, state_bytes, ring_bytes)
+    tensors = optimizer.plan.layout.tensors
+    buckets = tuple(bucket.flat.numel() for bucket in optimizer._buckets)
+    algorithms = [tensors[bucket.spec.tensors[0]].rule is None for bucket in optimizer._buckets]
+    last = dict(zip(algorithms, buckets, strict=True))
+    domain = DomainPlan("all", optimizer.plan, 1, state_bytes, state_bytes, ring_bytes, buckets, tuple(last.values()))
     seconds = contender["computation"]["forward_backward_seconds"]
-    return MeasuredTraining(world, domain, contender["collectives"]["reduce_scatter"]["calls"], seconds)
+    return MeasuredTraining(world, domain, seconds)
 
 
 def compare(prediction: Prediction, contender: Mapping[str, Any]) -> dict[str, Any]:

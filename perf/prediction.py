@@ -4,14 +4,14 @@ What is assumed:
 
 - Forward and backward take FLOPs / (peak x MFU). FLOPs per token: 6 per active weight, and causal attention.
   A `MeasuredTraining` brings their seconds instead.
-- Reduce-scatters hide under the backward and all-gathers under the forward of one microbatch; one bucket of each
-  is always exposed, for nothing runs beside the first all-gather or the last reduce-scatter.
+- Reduce-scatters hide under the backward and all-gathers under the forward of one microbatch; the buckets that
+  backward fills last, one an algorithm, are always exposed: nothing runs beside their collectives.
 - Rings over several nodes use every port of a node: a rank's rate is NVLink's or that of its group's ports in the
   node, whichever is less. Each starts with a latency and one hop per further node; the step's one small
   all-reduce is a tree.
 - All-to-alls between nodes use the rank's own port; each peer costs one message. Who sends or receives most sets
   the time. Waves are pipelined as `ShardedStep.step` issues them; their Newton-Schulz adds up to the busiest
-  rank's, for ranks wait only for those they exchange with.
+  rank's, for ranks wait only for those they exchange with. Packing and updates hide exchanges too.
 - A collective slows the computation beside it (`perf.links` measures by how much; gloo does): what of that exceeds
   the wait for it is a part of its own, "delayed".
 - Element-wise work runs at memory bandwidth. Host time, stragglers and congestion are left out.
@@ -31,9 +31,11 @@ from perf.links import Link
 from perf.waves import WaveSeconds, pipeline, wave_seconds
 from perf.workload import Setup, Workload, data_parallel
 
-# Bytes read and written per element of a rank's shard. Both: mean of the fp32 gradient (8), gradient (4), master
-# (8), bf16 parameter (2). Muon: momentum (8), wire out and in (4). AdamW: two moments (16).
-_MUON_TOUCHED, _ADAMW_TOUCHED = 34, 38
+# Bytes read and written per element of a rank's shard, kernel by kernel. Both: mean of the gradient (8), norm (4),
+# outside writes looked for (14), master rounded into the bf16 parameter (6). Muon: momentum (12), decay (8). AdamW: 28.
+_MUON_TOUCHED, _ADAMW_TOUCHED = 52, 60
+# In a wave: what is orthogonalized, staged and rounded to the wire (26), and the update from it (18).
+_WAVES_TOUCHED = 44
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,24 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
     forward_backward = training.forward_backward_seconds(machine)
     microbatch = forward_backward / training.microbatches
     ring = {"reduce_scatter": 0.0, "all_gather": 0.0}
-    one_bucket = dict(ring)
+    last_ring = dict(ring)
     exposed: dict[str, float] = defaultdict(float)
     communication: dict[str, float] = defaultdict(float)
     memory: dict[str, float] = defaultdict(float)
     sent = 0.0
     compute: list[list[float]] = [[] for _ in range(training.dp * training.tp)]  # by rank and domain
-    domain_waves: list[WaveSeconds] = []
-    for domain, buckets in zip(stage.domains, stage.buckets, strict=True):
+    domain_waves: list[tuple[WaveSeconds, float]] = []
+    for domain in stage.domains:
         place = place_of(domain, training, machine)
         local = sum(tensor.numel for tensor in domain.plan.layout.tensors)
         muon = 0 if adamw else sum(t.numel for t in domain.plan.layout.tensors if t.rule is not None)
         for kind, share in (("reduce_scatter", 4 / 6), ("all_gather", 2 / 6)):
-            seconds = place.ring_seconds(kind, buckets, domain.adamw_bytes * share)
-            ring[kind] += seconds
-            one_bucket[kind] = max(one_bucket[kind], seconds / buckets)
+            moved, last = domain.adamw_bytes * share, sum(domain.last_buckets) / sum(domain.buckets)
+            ring[kind] += place.ring_seconds(kind, len(domain.buckets), moved)
+            last_ring[kind] += place.ring_seconds(kind, len(domain.last_buckets), moved * last)
         touched = muon * _MUON_TOUCHED + (local - muon) * _ADAMW_TOUCHED
-        exposed["elementwise"] += touched / place.dp / machine.memory_bytes_per_second
+        in_waves = muon * _WAVES_TOUCHED / place.dp / machine.memory_bytes_per_second
+        exposed["elementwise"] += touched / place.dp / machine.memory_bytes_per_second + in_waves
         exposed["agreement"] = max(exposed["agreement"], place.tree_latency)
         sent += domain.adamw_bytes
         memory["parameters, bf16"] += 2 * local
@@ -117,21 +120,21 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
             waves = wave_seconds(plan, machine, place.near_share)
             for rank in range(training.dp * training.tp):
                 compute[rank].append(waves.newton_schulz[rank // domain.ranks_per_slice])
-            domain_waves.append(waves)
+            domain_waves.append((waves, in_waves))
             communication["exchange"] += waves.exchange
             sent += max(map(sum, zip(plan.exchange_bytes_by_rank, plan.team_bytes_by_rank, strict=True)))
             memory["waves, transient"] = max(memory["waves, transient"], 5 * waves.home_bytes)
     if domain_waves:
         busiest = max(compute, key=sum)
         exposed["newton_schulz"] = sum(busiest)
-        for waves, seconds in zip(domain_waves, busiest, strict=True):
-            waited = pipeline(waves, seconds) - seconds
+        for (waves, packing), seconds in zip(domain_waves, busiest, strict=True):
+            waited = pipeline(waves, seconds + packing) - seconds - packing
             exposed["exchange"] += waited
             exposed["delayed"] += max(0.0, machine.delay("all_to_all") * waves.exchange - waited)
     windows = {"reduce_scatter": microbatch * 2 / 3, "all_gather": microbatch / 3}
     for kind, seconds in ring.items():
         communication[kind] = seconds
-        exposed[kind] = max(one_bucket[kind], seconds - windows[kind]) if setup.overlap else seconds
+        exposed[kind] = max(last_ring[kind], seconds - windows[kind]) if setup.overlap else seconds
         exposed["delayed"] += max(0.0, seconds * machine.delay(kind) - exposed[kind]) if setup.overlap else 0.0
     return Prediction(
         forward_backward, dict(exposed), dict(communication), sent, dict(memory),

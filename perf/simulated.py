@@ -117,6 +117,9 @@ class SimulatedDevice(LaunchCounter):
         given, made = tensors_in(args), tensors_in(result)
         if any(t.is_cpu for t in (*given, *made) if t.ndim):
             return
+        if name.startswith(("_foreach", "_fused")) and name.endswith("_") and "copy" not in name:
+            # What is written in place is returned by none of them: the first list, or AdamW's parameters and moments.
+            made += [t for n, some in enumerate(args) if n in (0, *(2, 3) * ("adamw" in name)) for t in some]
         touched = sum(t.numel() * t.element_size() for t in (*given, *made))
         seconds = touched / self._machine.memory_bytes_per_second
         if name in ("mm", "bmm", "addmm", "baddbmm"):

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Protocol
 
 from distributed_muon.layout.cost_model import NewtonSchulzCost
-from distributed_muon.layout.cutting import bucket_elements
 from distributed_muon.planning.model_shapes import NAMED_MODELS, model_shapes
 from distributed_muon.planning.simulate import DomainPlan, Job, StageReport, simulate
 from perf.cluster import Machine
@@ -38,11 +37,10 @@ class Stage:
     """The pipeline stage to predict.
 
     Args:
-        domains: its rank domains. buckets: of each. ns_max_over_ideal: Newton-Schulz of its busiest rank.
+        domains: its rank domains. ns_max_over_ideal: Newton-Schulz of its busiest rank.
     """
 
     domains: tuple[DomainPlan, ...]
-    buckets: tuple[int, ...]
     ns_max_over_ideal: float
 
 
@@ -76,13 +74,12 @@ class MeasuredTraining:
     """A step of plain data parallelism whose plan and forward-backward are known.
 
     Args:
-        ranks: all data parallel. domain: with the optimizer's own plan. buckets: that it made.
+        ranks: all data parallel. domain: with the optimizer's own plan and buckets.
         forward_backward: seconds of the step's one microbatch without a collective.
     """
 
     ranks: int
     domain: DomainPlan
-    buckets: int
     forward_backward: float
     tp: int = 1
     pp: int = 1
@@ -98,7 +95,7 @@ class MeasuredTraining:
 
     def stage(self, setup: Setup) -> Stage:
         """The one there is, whose plan is `setup`'s already."""
-        return Stage((self.domain,), (self.buckets,), self.domain.plan.ns_max_over_ideal)
+        return Stage((self.domain,), self.domain.plan.ns_max_over_ideal)
 
 
 @dataclass(frozen=True)
@@ -150,12 +147,7 @@ class Training:
         strategy = "home" if setup.strategy == "adamw" else setup.strategy
         job = Job(self.dp, self.tp, self.pp, self.ep, setup.layout, strategy, setup.bucket_mb)
         report = simulated(self.model, job)
-        buckets = []
-        for domain in report.domains:
-            local = sum(tensor.numel for tensor in domain.plan.layout.tensors)
-            size = bucket_elements(setup.bucket_mb, data_parallel(domain, self.dp))
-            buckets.append(1 if setup.layout == "flat" else -(-local // size))
-        return Stage(report.domains, tuple(buckets), report.ns_max_over_ideal)
+        return Stage(report.domains, report.ns_max_over_ideal)
 
     def forward_backward_seconds(self, machine: Machine) -> float:
         """Of one step."""

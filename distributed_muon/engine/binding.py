@@ -15,6 +15,7 @@ from distributed_muon.engine.coefficients import Table, coefficient_table
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.exchange import Shipment
 from distributed_muon.engine.state import OwnedParameter, Part
+from distributed_muon.engine.timing import describe
 from distributed_muon.engine.update import lr_ratio
 from distributed_muon.engine.views import Span, Window, cached, merge
 from distributed_muon.engine.workspace import Slot, Workspace
@@ -73,12 +74,14 @@ class BoundWave:
     """One wave: what to pack, where it arrives, what to orthogonalize, and what to update.
 
     Args:
+        title: for the profile: its number, the matrices orthogonalized here, the bytes that leave this rank.
         packed: per parameter group, pieces of the momentum and their places (`others`) on the wire or at home.
         copies: (targets, sources) of pieces with several homes, packed once and copied.
         unpacked: (matrix views, wire views) at the home. returned: (wire views, matrix views) of the results.
         updates: (ratio, views) of masters and their results (`others`).
     """
 
+    title: str
     packed: list[Views]
     copies: tuple[list[Tensor], list[Tensor]]
     to_homes: Shipment
@@ -126,7 +129,7 @@ class Binding:
             (number, offset) for number, part in enumerate(parts) for offset in part.offsets
         ]  # by shard of this rank
         self._tensor_of = plan.layout.tensor_of_matrix
-        self.waves = [self._wave(wave, workspace.slot(number)) for number, wave in enumerate(schedule)]
+        self.waves = [self._wave(number, wave, workspace.slot(number)) for number, wave in enumerate(schedule)]
         for views in (views for wave in self.waves for views in wave.views):
             views.bind(parts)
         self.bind_runs()
@@ -179,10 +182,13 @@ class Binding:
         record = self._owned[shard.tensor]
         return record.group, record.state["step"].item() if "step" in record.state else None
 
-    def _wave(self, wave: Wave, slot: Slot) -> BoundWave:
+    def _wave(self, number: int, wave: Wave, slot: Slot) -> BoundWave:
         stacks, homes = self._stacks(wave, slot)
         packed, copies = self._packed(wave, slot, homes)
+        names = [self._plan.layout.tensors[self._tensor_of[matrix]].name for matrix in homes]
+        sent = sum(wave.gather.send_counts) + sum(wave.scatter.send_counts)
         return BoundWave(
+            f"wave {number}, {describe(names)}, {sent * slot.held.element_size()} bytes sent",
             packed,
             copies,
             Shipment(wave.gather, self._collectives, slot.held, slot.home, "to_homes"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -222,7 +222,8 @@ class Collectives:
     def close(self) -> None:
         """Give back the process group, where it is this object's own; not collective."""
         if self._own and dist.is_initialized():
-            dist.destroy_process_group(self.group)
+            with suppress(ValueError):  # it went with the world that it belonged to; now there is another
+                dist.destroy_process_group(self.group)
         self._own = False
 
     def _others(self) -> list[int]:

@@ -146,7 +146,7 @@ class ShardedStep:
             done = deque([-1])
             for number, wave in enumerate([*bound.waves, None, None]):
                 if wave is not None:  # send this wave's slices,
-                    flights.append((number, self._wave(wave, number)))
+                    flights.append((number, self._wave(wave)))
                     next(flights[-1][1])
                 if number == 0:
                     self._adamw(bound)  # under the way of the first ones
@@ -159,8 +159,8 @@ class ShardedStep:
                 while number >= len(bound.waves) and done:
                     after_wave(done.popleft())
 
-    def _wave(self, wave: BoundWave, number: int) -> Iterator[None]:
-        with self.timer("momentum", number):
+    def _wave(self, wave: BoundWave) -> Iterator[None]:
+        with self.timer("momentum", wave.title):
             for views in wave.packed:
                 group = self.param_groups[views.group]
                 momenta, options = views.moments["momentum_buffer"], (group["momentum"], group["nesterov"])
@@ -169,19 +169,19 @@ class ShardedStep:
             _copy(*wave.copies)
         wave.to_homes.start()
         yield
-        with self.timer("gather_wait", number):
+        with self.timer("gather_wait", wave.title):
             wave.to_homes.wait()
-        with self.timer("newton_schulz", number):
+        with self.timer("newton_schulz", wave.title):
             _copy(*wave.unpacked)
             for stack in wave.stacks:
                 self._orthogonalize(stack)
-        with self.timer("scatter_pack", number):
+        with self.timer("scatter_pack", wave.title):
             _copy(*wave.returned)
         wave.from_homes.start()
         yield
-        with self.timer("scatter_wait", number):
+        with self.timer("scatter_wait", wave.title):
             wave.from_homes.wait()
-        with self.timer("update", number):
+        with self.timer("update", wave.title):
             for ratio, views in wave.updates:
                 lr = float(self.param_groups[views.group]["lr"])
                 for some in views.chunks:

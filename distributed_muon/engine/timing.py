@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +59,18 @@ class Times:
         self._open = [span for span in self._open if id(span) not in closed]
 
 
+def named_range(name: str) -> AbstractContextManager[Any]:
+    """A range for torch.profiler, while it listens: one costs microseconds even when nobody does."""
+    return torch.profiler.record_function(name) if torch.autograd.profiler._is_profiler_enabled else nullcontext()
+
+
+def describe(names: Sequence[str]) -> str:
+    """A list of names that stays short: "a", "a to c (12)", "nothing"."""
+    if not names:
+        return "nothing"
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})"
+
+
 class StepTimer:
     """Times phases, `with timer("newton_schulz"): ...`, and collectives; torch.profiler shows phases as ranges.
 
@@ -76,11 +88,9 @@ class StepTimer:
         return taken
 
     @contextmanager
-    def __call__(self, phase: str, wave: int | None = None) -> Iterator[None]:
-        # Only while a profiler listens: a range costs microseconds even when nobody does.
-        profiling = torch.autograd.profiler._is_profiler_enabled
-        name = phase if wave is None else f"{phase} of wave {wave}"
-        with torch.profiler.record_function(name) if profiling else nullcontext(), self._span("phase", phase):
+    def __call__(self, phase: str, of: str = "") -> Iterator[None]:
+        """Time a phase; its range in the profile says of what it is, such as "update: wave 2, ..."."""
+        with named_range(f"{phase}: {of}" if of else phase), self._span("phase", phase):
             yield
 
     def flight(self, label: str, sent_bytes: int) -> Flight:

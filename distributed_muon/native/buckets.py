@@ -10,6 +10,7 @@ from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.engine.state import Part
+from distributed_muon.engine.timing import describe
 from distributed_muon.layout.cutting import Bucket, make_buckets
 from distributed_muon.layout.pieces import Shard
 
@@ -25,7 +26,7 @@ class FlatBucket:
 
     Attributes:
         flat: (numel,) parameter dtype, the memory of the parameters. grad: (numel,) fp32 local gradient sums, or None.
-        ranks: that cut it. part: this rank's (numel / dp,) masters, values and mean gradient.
+        title: for the profile. ranks: that cut it. part: this rank's (numel / dp,) masters, values and mean gradient.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class FlatBucket:
         self._members = [(params[tensor], names[tensor]) for tensor in spec.tensors]
         first, size = self._members[0][0], spec.numel // collectives.size
         self.flat = torch.zeros(spec.numel, dtype=first.dtype, device=first.device)
+        self.title = f"bucket of {describe([name for _, name in self._members])}, {self.flat.nbytes} bytes"
         self._places: list[int] = [0] * len(self._members)
         self._link(enumerate(self._views(self.flat)))
         begin = collectives.rank * size

@@ -10,7 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distributed_muon.engine.collectives import Pending
 from distributed_muon.engine.state import publish_all
-from distributed_muon.engine.timing import StepTimer
+from distributed_muon.engine.timing import StepTimer, named_range
 from distributed_muon.native.buckets import FlatBucket
 
 
@@ -57,7 +57,8 @@ class ParameterGatherer:
         with self._timer("all_gather_wait"):
             for index in list(self._pending) if indices is None else indices:
                 if index in self._pending:
-                    self._pending.pop(index).wait()
+                    with named_range(self._buckets[index].title):
+                        self._pending.pop(index).wait()
 
     def attach(self, model: nn.Module) -> None:
         """Let every block of `model` wait for the parameters in it before its forward.

@@ -182,7 +182,7 @@ class GradientReducer:
         return len(self._pending) < _MOST_COPIES
 
     def _wait(self, index: int) -> None:
-        with self._timer("reduce_scatter_wait"):
+        with self._timer("reduce_scatter_wait", self._buckets[index].title):
             self._pending.pop(index).wait()
 
     def finish(self) -> list[bool]:

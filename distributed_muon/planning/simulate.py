@@ -78,6 +78,8 @@ class DomainPlan:
             this domain (ep for experts).
         state_bytes: fp32 masters and optimizer state of every rank, bucket padding included.
         state_bytes_ideal: the same without padding. adamw_bytes: see StageReport.
+        buckets: elements of each. last_buckets: elements of the first layers', one an algorithm: when backward has
+            filled them, nothing is left to run beside their reduction.
     """
 
     name: str
@@ -86,6 +88,8 @@ class DomainPlan:
     state_bytes: int
     state_bytes_ideal: float
     adamw_bytes: float
+    buckets: tuple[int, ...] = ()
+    last_buckets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,8 @@ def _domain(
         state_bytes=padded[0] * _MUON_STATE_BYTES + padded[1] * _ADAMW_STATE_BYTES,
         state_bytes_ideal=exact[0] * _MUON_STATE_BYTES + exact[1] * _ADAMW_STATE_BYTES,
         adamw_bytes=_ADAMW_WIRE_BYTES * sum(numels) * (dp - 1) / dp,
+        buckets=tuple(bucket.numel for bucket in muon_buckets + adamw_buckets),
+        last_buckets=tuple(some[-1].numel for some in (muon_buckets, adamw_buckets) if some),
     )
 
 

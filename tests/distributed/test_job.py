@@ -183,7 +183,15 @@ def test_the_trace_has_the_named_ranges_of_both_ranks(profiled: tuple[Path, str]
             **dict.fromkeys(("forward_backward", "wait", "optimizer"), 2),
         }
         assert ranges["data"] == 4  # two microbatches in each of two steps
-        assert ranges["momentum"] and ranges["update"]  # the optimizer's own
+        # The optimizer's own: what all shards have in common, and what waves and buckets do, by their parameters.
+        assert ranges["momentum"] == 2
+        (wave,) = [name for name in ranges if name.startswith("update: wave 0, ")]
+        matrix = r"layers\.0\.[\w.]+"
+        assert re.fullmatch(rf"update: wave 0, ({matrix}( to {matrix} \(\d+\))?|nothing), \d+ bytes sent", wave), wave
+        assert ranges[wave] == 2
+        assert any(
+            re.match(rf"reduce_scatter_wait: bucket of {matrix} to {matrix} \(\d+\), \d+ bytes", n) for n in ranges
+        )
     begins = {event["name"] for event in trace["traceEvents"] if event["name"].startswith("step ")}
     assert begins == {"step 2", "step 3"}
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from distributed_muon import DistributedMuon, muon_param_groups
+from perf.fake_world import fake_rank
 from tests.checks import on_ranks
 from tests.late_network import late_network
 from tests.reference import Reference, backward, make_params, rank_gradient
@@ -122,6 +123,14 @@ def test_built_before_the_process_group() -> None:
             optimizer.step()
     finally:
         dist.destroy_process_group()
+
+
+def test_closed_after_its_process_group_was_replaced() -> None:
+    """Its own group went with the world it belonged to."""
+    with fake_rank(0, 2):
+        optimizer = build(make_params(SHAPES))
+    with fake_rank(0, 2):
+        optimizer.close()
 
 
 @on_ranks(3)
