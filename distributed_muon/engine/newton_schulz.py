@@ -11,6 +11,7 @@ saves work on long matrices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -111,13 +112,19 @@ def power_of_two_scale(largest: Tensor) -> Tensor:
 def _normalized(matrices: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     """A copy in `dtype`, every matrix divided by its Frobenius norm."""
     dims = (-2, -1)
-    # Two reductions rather than matrices.abs().amax(): no copy of the input.
-    largest = torch.maximum(matrices.amax(dims, keepdim=True), matrices.amin(dims, keepdim=True).neg()).float()
-    x = matrices * power_of_two_scale(largest)
+    x = matrices * power_of_two_scale(_largest(matrices))
     if dtype != torch.float16:
         x = x.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)
     return x.div_(norm.clamp(min=max(eps, _TINY))).to(dtype)
+
+
+def _largest(matrices: Tensor) -> Tensor:
+    """The largest absolute value of every matrix, fp32 (..., 1, 1), without a copy of the input."""
+    dims = (-2, -1)
+    if matrices.is_cpu:  # two reductions are eight times as fast as one here; elsewhere they are five kernels
+        return torch.maximum(matrices.amax(dims, keepdim=True), matrices.amin(dims, keepdim=True).neg()).float()
+    return torch.linalg.vector_norm(matrices, ord=math.inf, dim=dims, keepdim=True).float()
 
 
 _TINY = 1e-30  # eps=0 must not turn a zero matrix into 0/0
