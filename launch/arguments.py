@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from launch.data import TokenData, load_data
-from launch.failure import tell_torchrun
+from launch.failure import speaks_for_node, tell_torchrun
 from launch.models import (
     MODELS,
     CausalLM,
@@ -36,9 +36,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         tell_torchrun(f"error: {message}")
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            self.exit(2)
-        self.exit(2, f"error: {message}\n")
+        self.exit(2, f"error: {message}\n" if speaks_for_node() else None)
 
 
 def trainer_parser(description: str) -> argparse.ArgumentParser:

@@ -63,12 +63,19 @@ class JobFailure:
 
     def _first(self) -> bool:
         if self.store is None:
-            # Not joined yet: every rank of a node has the same words, so one speaks for its node.
-            return os.environ.get("LOCAL_RANK", "0") == "0"
+            return speaks_for_node()  # not joined yet: every rank of a node has the same words
         try:
             return self.store.add("failures", 1) == 1
         except RuntimeError:  # the store went with its host
             return True
+
+
+def speaks_for_node() -> bool:
+    """Whether this rank is its node's first; the others come back late, for torchrun ends all when one has ended."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    if not first:
+        time.sleep(20)
+    return first
 
 
 def tell_torchrun(line: str) -> None:

@@ -217,9 +217,9 @@ class Run:
         return self.gather([self.optimizer.state[flat][key] for flat in self.flats])
 
     def snapshot(self) -> list[Tensor]:
-        """Copies of all that a step may change on this rank."""
+        """Copies of all that a step may change on this rank, as bytes: stage 3 never writes its padding."""
         moments = [value for flat in self.flats for value in self.optimizer.state[flat].values()]
-        return [t.detach().clone() for t in (*self.flats, *moments, *self.values())]
+        return [t.detach().clone().view(-1).view(torch.uint8) for t in (*self.flats, *moments, *self.values())]
 
 
 def zero_config(stage: int = 1, **options: Any) -> dict[str, Any]:

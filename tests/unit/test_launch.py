@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from launch import failure
 from launch.pretrain import parse_arguments
 from launch.run_dir import RunDirectory
 from launch.schedule import cosine_schedule, warmup_cosine
@@ -77,3 +78,13 @@ def test_resume_auto_starts_anew_where_there_is_no_checkpoint(tmp_path):
     assert run.start("auto") == run.start("always") == tmp_path / "checkpoints" / "step-00000003"
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):
         run.start(None)
+
+
+def test_one_rank_of_a_node_speaks_and_the_others_let_it(monkeypatch):
+    """torchrun kills all ranks as soon as one has ended: rank 1 must not take the words out of rank 0's mouth."""
+    slept = []
+    monkeypatch.setattr(failure.time, "sleep", slept.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert failure.speaks_for_node() and not slept
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not failure.speaks_for_node() and slept == [20]
