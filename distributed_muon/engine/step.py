@@ -31,6 +31,7 @@ from distributed_muon.engine.team import orthogonalize_block
 from distributed_muon.engine.timing import StepTimer, Times
 from distributed_muon.engine.update import adamw_update, advance_momentum, apply_update, decay, pack_momentum
 from distributed_muon.engine.workspace import Workspace
+from distributed_muon.kernels.table import KernelTable
 from distributed_muon.layout.cost_model import NewtonSchulzCost, hardware_of
 from distributed_muon.layout.memory import slot_elements
 from distributed_muon.layout.pieces import Layout, Shard
@@ -75,7 +76,9 @@ class ShardedStep:
         self.members, self.param_groups, self.options = members, param_groups, options
         self.collectives, self.device = collectives, device
         self.timer = collectives.timer = StepTimer(device)
-        lines = [f"options {options}", *(f"group {i} {describe_group(g)}" for i, g in enumerate(param_groups))]
+        self.kernels = KernelTable.load(options.ns_table, device)
+        lines = [f"options {options}", f"kernel table {self.kernels.source}"]
+        lines += [*(f"group {i} {describe_group(g)}" for i, g in enumerate(param_groups))]
         lines += [f"parameter {m.spec}, {m.param.dtype}, group {m.group}" for m in members]
         check_same_everywhere(collectives, [*lines, *also])
         collectives.warm_up(device)
@@ -196,7 +199,8 @@ class ShardedStep:
             block.copy_(orthogonalize_block(block, shape[0] > shape[1], team, **options))
             self.ns_calls += team.rank == 0
         else:
-            orthogonalize(stack.whole, **options, steps=len(stack.table), form=self.options.ns_form, out=stack.whole)
+            options |= {"steps": len(stack.table), "form": self.options.ns_form, "kernels": self.kernels}
+            orthogonalize(stack.whole, **options, out=stack.whole)
             self.ns_calls += len(stack.matrices)
         self.measures.take(stack.matrices, stack.whole, shape, stack.ratio)
 
