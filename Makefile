@@ -61,6 +61,7 @@ ON_GPUS = $(BIN)/torchrun --standalone --nproc_per_node $(GPUS) -m perf.step --d
 bench-gpu: SHELL = /bin/bash -o pipefail
 bench-gpu: test-gpu
 	@test $(GPUS) -ge 2 || { echo "error: perf.step wants two GPUs or more, here are $(GPUS)" >&2; exit 1; }
+	$(BIN)/python -m perf.newton_schulz --device cuda --tune $(GPU_RESULTS)kernels.json
 	TORCH_CUDA_SANITIZER=1 $(ON_GPUS) --ours --layers 1 --rounds 1
 	$(BIN)/python -m perf.newton_schulz --device cuda --json $(GPU_RESULTS)newton_schulz.json \
 	    | tee $(GPU_RESULTS)newton_schulz.txt

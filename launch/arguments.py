@@ -167,13 +167,14 @@ def add_muon_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     muon.add_argument("--ns-steps", type=int, default=5, help="Newton-Schulz steps")
     muon.add_argument("--ns-coefficients", default="quintic", help="coefficient table")
     muon.add_argument("--ns-form", choices=("auto", "standard", "gram"), default="auto")
+    muon.add_argument("--ns-table", metavar="FILE", help="kernels of this device, by perf.newton_schulz --tune")
     muon.add_argument("--ns-dtype", choices=DTYPES, default="bf16", help="of Newton-Schulz and what travels for it")
     return muon
 
 
 def muon_options(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments of Muon optimizers."""
-    names = ("momentum", "ns_steps", "ns_coefficients", "ns_form", "strategy")
+    names = ("momentum", "ns_steps", "ns_coefficients", "ns_form", "ns_table", "strategy")
     return {**{name: getattr(args, name) for name in names}, "ns_dtype": DTYPES[args.ns_dtype]}
 
 

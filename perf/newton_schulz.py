@@ -1,6 +1,7 @@
 """orthogonalize() against torch.optim.Muon's Newton-Schulz, five quintic steps in bf16, by shape.
 
     OMP_NUM_THREADS=1 python -m perf.newton_schulz [--device cuda] [--shapes 1024x4096 64x128x128] [--json FILE]
+    OMP_NUM_THREADS=1 python -m perf.newton_schulz [--device cuda] --tune FILE    # instead, for the option ns_table
 
 Contenders take turns within a round, so a drifting machine hits all alike; medians are printed. On CPU with one
 thread the clock is the thread's CPU time, which other processes on the machine barely disturb; otherwise it is
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +26,7 @@ from distributed_muon.engine.coefficients import COEFFICIENTS
 from distributed_muon.engine.newton_schulz import orthogonalize
 from distributed_muon.layout.cost_model import choose_form, ns_flops
 from launch.environment import describe_machine
+from perf.kernel_tuning import TUNED_SHAPES, seconds_of, tune
 from perf.options import at_least_one, output_file, write_json
 
 SHAPES = (
@@ -66,15 +67,6 @@ def _emerging_optimizers(device: torch.device) -> dict[str, Callable[[Tensor], N
     return {"emerging": run}
 
 
-def _seconds(call: Callable[[], None], device: torch.device) -> float:
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
-    begin = clock()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return clock() - begin
-
-
 def _flops(call: Callable[[], None], shape: Sequence[int], form: str, device: torch.device) -> int:
     if device.type == "cuda":  # the counter does not see Triton kernels
         *stack, rows, cols = shape
@@ -108,7 +100,7 @@ def measure(shapes: Sequence[tuple[int, ...]], rounds: int, device: torch.device
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for turn in range(rounds + 1):
             for name, (call, _) in contenders.items():
-                elapsed = _seconds(call, device)
+                elapsed = seconds_of(call, device)
                 if turn:
                     seconds[name].append(elapsed)
         median = {name: statistics.median(values) for name, values in seconds.items()}
@@ -142,14 +134,23 @@ def _shape(text: str) -> tuple[int, ...]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES)
+    parser.add_argument("--shapes", nargs="+", type=_shape)
     parser.add_argument("--rounds", type=at_least_one, default=7)
     parser.add_argument("--json", type=output_file, help="write the result here")
+    parser.add_argument(
+        "--tune", type=output_file, metavar="FILE", help="instead, measure kernels and write their table"
+    )
     args = parser.parse_args()
     machine = describe_machine()
     print(f"{machine['gpu'] if args.device == 'cuda' else machine['cpu']}, {machine['threads_per_rank']} thread(s), "
           + ", ".join(f"{package} {version}" for package, version in machine["versions"].items()))  # fmt: skip
-    rows = measure(args.shapes, args.rounds, torch.device(args.device))
+    if args.tune:
+        try:
+            tune(args.tune, args.shapes or TUNED_SHAPES[args.device], args.rounds, torch.device(args.device), machine)
+        except ValueError as error:
+            parser.error(str(error))
+        return
+    rows = measure(args.shapes or SHAPES, args.rounds, torch.device(args.device))
     others = [name for name in rows[0]["speedup"] if name != "torch"]
     print(f"{'':12s} {'torch':>10s} {' '.join(f'{name:>18s}' for name in others)}   TFLOP/s, share of matmul ceiling")
     for row in rows:

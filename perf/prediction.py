@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from distributed_muon.layout.memory import transient_bytes_by_rank
 from distributed_muon.planning.simulate import DomainPlan
 from perf.cluster import Machine
 from perf.links import Link
@@ -112,8 +113,8 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
         exposed["elementwise"] += touched / place.dp / machine.memory_bytes_per_second + in_waves
         exposed["agreement"] = max(exposed["agreement"], place.tree_latency)
         sent += domain.adamw_bytes
-        memory["parameters, bf16"] += 2 * local
-        memory["gradients, fp32"] += 4 * local
+        memory["parameters, bf16"] += domain.parameter_bytes
+        memory["gradients, fp32"] += domain.gradient_bytes
         memory["masters and moments, fp32"] += domain.state_bytes + (4 * _rule_numel(domain) / place.dp if adamw else 0)
         if not adamw:
             plan = replace(domain.plan, newton_schulz=setup.newton_schulz)
@@ -123,7 +124,7 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
             domain_waves.append((waves, in_waves))
             communication["exchange"] += waves.exchange
             sent += max(map(sum, zip(plan.exchange_bytes_by_rank, plan.team_bytes_by_rank, strict=True)))
-            memory["waves, transient"] = max(memory["waves, transient"], 5 * waves.home_bytes)
+            memory["waves, transient"] = max(memory["waves, transient"], *transient_bytes_by_rank(plan))
     if domain_waves:
         busiest = max(compute, key=sum)
         exposed["newton_schulz"] = sum(busiest)

@@ -18,14 +18,12 @@ class WaveSeconds:
     Args:
         gather, work, scatter: per wave, seconds on the rank that each keeps busiest.
         newton_schulz: per rank of the domain, its seconds of Newton-Schulz over all waves.
-        home_bytes: of matrices at one home in one wave, at most.
     """
 
     gather: tuple[float, ...]
     work: tuple[float, ...]
     scatter: tuple[float, ...]
     newton_schulz: tuple[float, ...]
-    home_bytes: int = 0
 
     @property
     def exchange(self) -> float:
@@ -119,11 +117,9 @@ def wave_seconds(plan: Plan, machine: Machine, near_share: float) -> WaveSeconds
     matrices, element_bytes = plan.layout.matrices, plan.newton_schulz.element_bytes
     works: list[float] = []
     total = [0.0] * plan.layout.world
-    home_bytes = 0
     kinds: dict[tuple, float] = {}
     for members in plan.waves:
         seconds: dict[int, float] = defaultdict(float)
-        at_home: dict[int, int] = defaultdict(int)
         for matrix in members:
             team = len(plan.teams.get(matrix, ()))
             kind = (matrices[matrix].shape, matrices[matrix].logical_shape, team)
@@ -131,9 +127,7 @@ def wave_seconds(plan: Plan, machine: Machine, near_share: float) -> WaveSeconds
                 kinds[kind] = _work(plan, machine, matrix, team)
             for home in plan.homes[matrix]:
                 seconds[home] += kinds[kind]
-                at_home[home] += matrices[matrix].numel
         works.append(max(seconds.values()))
-        home_bytes = max(home_bytes, element_bytes * max(at_home.values()))
         for rank, value in seconds.items():
             total[rank] += value
     moved = exchange(plan)
@@ -144,7 +138,7 @@ def wave_seconds(plan: Plan, machine: Machine, near_share: float) -> WaveSeconds
         )
         for way in (moved.to_homes, moved.from_homes)
     )
-    return WaveSeconds(gather, tuple(works), scatter, tuple(total), home_bytes)
+    return WaveSeconds(gather, tuple(works), scatter, tuple(total))
 
 
 def _work(plan: Plan, machine: Machine, number: int, team: int) -> float:

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 from distributed_muon.engine.coefficients import Table, Triple, coefficient_table
-from distributed_muon.kernels import Products, symmetric_products
+from distributed_muon.kernels import FULL, Products, addmm, mm, products_of
+from distributed_muon.kernels.table import KernelTable
 from distributed_muon.layout.cost_model import choose_form
+from distributed_muon.layout.memory import BATCH_NUMEL
 
 FORMS = ("standard", "gram", "auto")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -35,6 +37,7 @@ def orthogonalize(
     dtype: torch.dtype = torch.bfloat16,
     eps: float = 1e-7,
     out: Tensor | None = None,
+    kernels: KernelTable | None = None,
 ) -> Tensor:
     """Newton-Schulz of one matrix or of each matrix of a stack. Local; takes part in no collective.
 
@@ -49,12 +52,13 @@ def orthogonalize(
         form: "standard": the operations of torch.optim.Muon in its order and strides, one matrix at a time;
             with dtype bf16 and one triple for all steps bit-identical to it on CPU. "gram": the Gram form.
             "auto": whichever `choose_form` names. The latter two stack small matrices into batched matmuls
-            and save on symmetric products (`kernels.symmetric_products`); their last bits may depend on how
-            matrices are stacked, on the device and on the tuned kernel.
+            and save on symmetric products (`kernels`); their last bits may depend on how matrices are stacked, on
+            the device and on the kernel.
         dtype: of the matmuls and of the output: bf16, fp16, fp32 or fp64. Rounding to bf16 comes before the
             division by the norm, as in torch.optim.Muon; to fp16, with its short range, after it.
         eps: least norm to divide by. After the scaling only a zero matrix is below the default: it gives zeros.
         out: of the input's shape and of `dtype`, contiguous; may be `matrices`.
+        kernels: which symmetric products to take; None is the shipped table.
 
     Returns:
         `out`, or a new contiguous tensor like it.
@@ -74,24 +78,21 @@ def orthogonalize(
     output = torch.empty(matrices.shape, dtype=dtype, device=matrices.device) if out is None else out
     if not output.numel():
         return output
+    kernels = kernels or KernelTable.load(None, output.device)
     rows, cols = matrices.shape[-2:]
     iterate = _gram if (choose_form(rows, cols, len(table)) if form == "auto" else form) == "gram" else _standard
     # Work on (rows, cols) where one matrix at a time is right, on (batch, rows, cols) where batching pays.
-    batch = 1 if form == "standard" else _BATCH_NUMEL["cpu" if output.is_cpu else "accelerator"] // (rows * cols)
+    batch = 1 if form == "standard" else BATCH_NUMEL["cpu" if output.is_cpu else "accelerator"] // (rows * cols)
     stacks = (matrices.view(-1, rows, cols), output.view(-1, rows, cols))
     for source, target in zip(*(stack.split(batch) if batch > 1 else stack for stack in stacks), strict=True):
         x = _normalized(source, dtype, eps)
         if rows > cols:
             # torch's batched bf16 matmul on a CPU is 80 times slower on transposed views; "standard" is never batched.
             x = x.mT if x.ndim == 2 else x.mT.contiguous()
-        result = iterate(x, table, _products(x, form))
+        # "standard" multiplies in full, in torch.optim.Muon's order.
+        result = iterate(x, table, FULL if form == "standard" else products_of(x, kernels))
         target.copy_(result if rows <= cols else result.mT)
     return output
-
-
-# Elements of one batched matmul. CPU: measured, 16 of 128x128 run 2.2 times as fast as one by one, 4 of 256x256
-# 1.2 times, 512x512 are no faster together. Accelerators: enough to fill one, 32 MiB a workspace in bf16.
-_BATCH_NUMEL = {"cpu": 2**18, "accelerator": 2**24}
 
 
 def power_of_two_scale(largest: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ def _standard(x: Tensor, table: Table, products: Products) -> Tensor:
     for a, b, c in table:
         products.xxt(x, out=gram)
         products.addmm(gram, gram, gram, beta=b, alpha=c, out=update)
-        _addmm(x, update, x, beta=a, out=other)
+        addmm(x, update, x, beta=a, out=other)
         # torch.optim.Muon's X is contiguous from here on even if it began as a transposed view: same strides,
         # same bits.
         x, other = other, x if x.is_contiguous() else torch.empty_like(other)
@@ -169,21 +170,6 @@ def _gram(x: Tensor, table: Table, products: Products) -> Tensor:
             products.addmm(r, r, r, beta=b, alpha=c, out=z)
             products.addmm(q, q, z, beta=a, out=spare)
             q, spare = spare, q
-        _mm(q, x, out=other)
+        mm(q, x, out=other)
         x, other = other, x
     return x
-
-
-def _products(x: Tensor, form: str) -> Products:
-    """The symmetric products to use: full matmuls in torch.optim.Muon's order for "standard", else the fastest."""
-    fast = None if form == "standard" else symmetric_products(x)
-    return fast or Products(lambda x, out: _mm(x, x.mT, out), _addmm)
-
-
-def _mm(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    return torch.mm(x, y, out=out) if x.ndim == 2 else torch.bmm(x, y, out=out)
-
-
-def _addmm(start: Tensor, x: Tensor, y: Tensor, *, beta: float, alpha: float = 1.0, out: Tensor) -> Tensor:
-    add = torch.addmm if x.ndim == 2 else torch.baddbmm
-    return add(start, x, y, beta=beta, alpha=alpha, out=out)

@@ -44,6 +44,8 @@ class Options:
         update_scale: one more factor on every update of Muon, not on the decay.
         betas, adamw_eps: of AdamW groups, which hold them as "betas" and "eps" like torch.optim.AdamW's.
         ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape.
+        ns_table: file of `python -m perf.newton_schulz --tune`, which names the kernels of "gram" and "auto" for the
+            device at hand; read at construction. None: the table shipped (`kernels.table`).
         ns_dtype: of Newton-Schulz and of what travels for it: torch.bfloat16 or torch.float32.
         strategy: "home", "gather" or "auto" (`layout.plan.make_plan`).
         zero_gradients: what a gradient of zeros on all ranks means where a framework turns missing gradients into
@@ -66,6 +68,7 @@ class Options:
     betas: tuple[float, float] = (0.9, 0.95)
     adamw_eps: float = 1e-8
     ns_form: str = "auto"
+    ns_table: str | None = None
     ns_dtype: torch.dtype = torch.bfloat16
     strategy: str = "auto"
     zero_gradients: str = "update"

@@ -30,11 +30,12 @@ from distributed_muon.engine.state import Member, OwnedParameter, Part, own_para
 from distributed_muon.engine.team import orthogonalize_block
 from distributed_muon.engine.timing import StepTimer, Times
 from distributed_muon.engine.update import adamw_update, advance_momentum, apply_update, decay, pack_momentum
-from distributed_muon.engine.views import STAGE
 from distributed_muon.engine.workspace import Workspace
+from distributed_muon.kernels.table import KernelTable
 from distributed_muon.layout.cost_model import NewtonSchulzCost, hardware_of
+from distributed_muon.layout.memory import slot_elements
 from distributed_muon.layout.pieces import Layout, Shard
-from distributed_muon.layout.plan import Plan, Wave, make_plan
+from distributed_muon.layout.plan import Plan, make_plan
 
 # Bindings kept: a model whose unused experts change from step to step comes back to few sets of active tensors.
 _MOST_BINDINGS = 4
@@ -75,7 +76,9 @@ class ShardedStep:
         self.members, self.param_groups, self.options = members, param_groups, options
         self.collectives, self.device = collectives, device
         self.timer = collectives.timer = StepTimer(device)
-        lines = [f"options {options}", *(f"group {i} {describe_group(g)}" for i, g in enumerate(param_groups))]
+        self.kernels = KernelTable.load(options.ns_table, device)
+        lines = [f"options {options}", f"kernel table {self.kernels.source}"]
+        lines += [*(f"group {i} {describe_group(g)}" for i, g in enumerate(param_groups))]
         lines += [f"parameter {m.spec}, {m.param.dtype}, group {m.group}" for m in members]
         check_same_everywhere(collectives, [*lines, *also])
         collectives.warm_up(device)
@@ -112,7 +115,7 @@ class ShardedStep:
         place = self.parts[0].master.device if self.parts else self.device
         self.parameters: list[OwnedParameter] = own_parameters(self.members, algorithms, parts, place)
         self._schedule = self.plan.schedule(self.collectives.rank)
-        sizes = [_slot_sizes(self.plan, wave) for wave in self._schedule]
+        sizes = slot_elements(self.plan)[:, self.collectives.rank].tolist()
         self._workspace = Workspace(sizes, options.ns_dtype, self.device)
         teams = list(dict.fromkeys(self.plan.teams.values()))
         self.teams = self.collectives.subgroups(teams, "team") if teams else {}
@@ -196,7 +199,8 @@ class ShardedStep:
             block.copy_(orthogonalize_block(block, shape[0] > shape[1], team, **options))
             self.ns_calls += team.rank == 0
         else:
-            orthogonalize(stack.whole, **options, steps=len(stack.table), form=self.options.ns_form, out=stack.whole)
+            options |= {"steps": len(stack.table), "form": self.options.ns_form, "kernels": self.kernels}
+            orthogonalize(stack.whole, **options, out=stack.whole)
             self.ns_calls += len(stack.matrices)
         self.measures.take(stack.matrices, stack.whole, shape, stack.ratio)
 
@@ -310,16 +314,3 @@ class ShardedStep:
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     if targets:
         torch._foreach_copy_(targets, sources)
-
-
-def _slot_sizes(plan: Plan, wave: Wave) -> tuple[int, int, int, int]:
-    """Elements that a wave needs of each buffer of its slot."""
-    mine = (matrix for stack in (*wave.stacks, wave.blocks) for matrix in stack)
-    gather, scatter = wave.gather, wave.scatter
-    held = [piece.numel for piece in wave.held]
-    return (
-        sum(plan.layout.matrices[matrix].numel for matrix in mine),
-        max(sum(gather.send_counts), sum(scatter.recv_counts)),
-        max(sum(gather.recv_counts), sum(scatter.send_counts)),
-        min(sum(held), max([STAGE, *held])),
-    )

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from distributed_muon.layout.memory import STAGE
+
 # Elements of the four tensors of an AdamW update that a core's cache holds at a time.
 _CACHE = 1 << 16
-# Elements of fp32 temporaries on an accelerator: 64 MiB, as much as a wave.
-STAGE = 1 << 24
 
 
 class Window(NamedTuple):

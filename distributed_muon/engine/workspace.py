@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Waves alive at a time: one on its way to its homes, one being orthogonalized, one on its way back.
-IN_FLIGHT = 3
+from distributed_muon.layout.memory import IN_FLIGHT
 
 
 class Slot(NamedTuple):

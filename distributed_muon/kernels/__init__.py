@@ -1,13 +1,19 @@
-"""Symmetric products at about half the cost: Triton on GPUs, row panels on CPU. Importing this needs no Triton."""
+"""The products of Newton-Schulz: full matmuls, or symmetric ones at about half the cost, as a table chooses.
+
+Triton on GPUs, row panels on CPU. Importing this needs no Triton.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from distributed_muon.kernels import panels
+from distributed_muon.kernels.table import KernelTable, Rule
 
 
 class Products(NamedTuple):
@@ -21,6 +27,20 @@ class Products(NamedTuple):
     addmm: Callable[..., Tensor]
 
 
+def mm(x: Tensor, y: Tensor, *, out: Tensor) -> Tensor:
+    """X Y of matrices or stacks of them."""
+    return torch.mm(x, y, out=out) if x.ndim == 2 else torch.bmm(x, y, out=out)
+
+
+def addmm(start: Tensor, x: Tensor, y: Tensor, *, beta: float, alpha: float = 1.0, out: Tensor) -> Tensor:
+    """beta S + alpha X Y of matrices or stacks of them."""
+    add = torch.addmm if x.ndim == 2 else torch.baddbmm
+    return add(start, x, y, beta=beta, alpha=alpha, out=out)
+
+
+FULL = Products(lambda x, out: mm(x, x.mT, out=out), addmm)
+
+
 @cache
 def triton_available() -> bool:
     """Whether Triton can be imported."""
@@ -31,24 +51,19 @@ def triton_available() -> bool:
     return True
 
 
-def symmetric_products(x: Tensor) -> Products | None:
-    """The products that suit `x` (..., m, k) and its m x m companions; None where full matmuls are as fast.
+def products_of(x: Tensor, table: KernelTable) -> Products:
+    """The products that `table` names for `x` (..., m, k) and its m x m companions."""
+    rows, cols = x.shape[-2:]
+    return Products(*(kernel(table.rule(name, rows, width), x) for name, width in (("xxt", cols), ("addmm", rows))))
 
-    Triton is for 16-bit CUDA tensors alone. It is passed over under torch.use_deterministic_algorithms, since
-    tuning picks a kernel by the clock and with it, perhaps, the last bits.
-    """
-    rows = x.shape[-2]
-    if x.is_cpu and rows >= _PANEL_MIN_ROWS:
-        from distributed_muon.kernels import panels
 
-        return Products(panels.xxt, panels.symmetric_addmm)
-    triton_fits = x.is_cuda and x.element_size() == 2 and rows >= _TRITON_MIN_ROWS
-    if triton_fits and not torch.are_deterministic_algorithms_enabled() and triton_available():
+def kernel(rule: Rule, x: Tensor) -> Callable[..., Tensor]:
+    """What a rule names, a function like those of Products; full matmuls where `x` is not of its kind."""
+    if rule.kernel == "panels" and x.is_cpu:
+        return panels.xxt if rule.product == "xxt" else panels.symmetric_addmm
+    if rule.kernel == "triton" and x.is_cuda and x.element_size() == 2 and triton_available():
         from distributed_muon.kernels import symmetric
 
-        return Products(symmetric.xxt, symmetric.symmetric_addmm)
-    return None
-
-
-_PANEL_MIN_ROWS = 512  # below, two panels were measured to be no faster than one product (bf16, one thread)
-_TRITON_MIN_ROWS = 512  # fewer rows are too few tiles for halving them to show
+        own = symmetric.xxt if rule.product == "xxt" else symmetric.symmetric_addmm
+        return partial(own, config=symmetric.Config(*rule.config)) if rule.config else own
+    return getattr(FULL, rule.product)

@@ -7,6 +7,7 @@ out = alpha X Y^T (+ beta S).
 from __future__ import annotations
 
 import os
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,25 +23,30 @@ DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, tor
 _DTYPE_NAMES = " or ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 
-def _config(tile: int, tile_k: int, warps: int, stages: int) -> triton.Config:
-    return triton.Config({"TILE": tile, "TILE_K": tile_k}, num_warps=warps, num_stages=stages)
+class Config(NamedTuple):
+    """How the kernel is cut: output tiles of `tile` squared (a mirrored tile is a tile), read `tile_k` deep."""
+
+    tile: int
+    tile_k: int
+    warps: int
+    stages: int
 
 
-# Tiles are square so that a mirrored tile is a tile. Hopper: 128 x 128 fills a warp group's wgmma; 64 keeps all
-# SMs busy on small matrices; deep pipelines hide the loads.
-_HOPPER = [
-    _config(128, 64, 8, 3),
-    _config(128, 64, 8, 4),
-    _config(128, 64, 4, 4),
-    _config(128, 128, 8, 3),
-    _config(64, 64, 4, 4),
-    _config(64, 128, 4, 3),
-    _config(64, 32, 4, 5),
-]
-_INTERPRETER = [_config(16, 16, 1, 1)]
+# Without a table's word. Its loads fit the shared memory of any GPU that multiplies bf16, in fp32 too.
+DEFAULT = Config(16, 16, 1, 1) if INTERPRETED else Config(64, 64, 4, 3)
+# What tuning tries. Hopper: 128 x 128 fills a warp group's wgmma; 64 keeps all SMs busy on small matrices; deep
+# pipelines hide the loads.
+CANDIDATES = (
+    Config(128, 64, 8, 3),
+    Config(128, 64, 8, 4),
+    Config(128, 64, 4, 4),
+    Config(128, 128, 8, 3),
+    Config(64, 64, 4, 4),
+    Config(64, 128, 4, 3),
+    Config(64, 32, 4, 5),
+)
 
 
-@triton.autotune(configs=_INTERPRETER if INTERPRETED else _HOPPER, key=["rows", "cols", "ADD_START"])
 @triton.jit
 def _symmetric_kernel(
     start_ptr,
@@ -101,7 +107,7 @@ def _symmetric_kernel(
 
 
 def _launch(
-    name: str, start: Tensor | None, x: Tensor, y: Tensor, alpha: float, beta: float, out: Tensor | None
+    name: str, start: Tensor | None, x: Tensor, y: Tensor, alpha: float, beta: float, out: Tensor | None, config: Config
 ) -> Tensor:
     if not (x.is_cuda or INTERPRETED):
         raise ValueError(f"{name} got a tensor on {x.device}: it is a GPU kernel, use matmuls elsewhere")
@@ -119,34 +125,41 @@ def _launch(
         return out
     stacks = [t if t.ndim == 3 else t[None] for t in (x if start is None else start, x, y, out)]
 
-    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
-        tiles = triton.cdiv(rows, meta["TILE"])
-        return tiles, tiles, len(stacks[0])
-
+    tiles = triton.cdiv(rows, config.tile)
     # Triton launches on the current device, which need not be the tensor's.
     with torch.cuda.device_of(x):
         strides = [stride for stack in stacks for stride in stack.stride()]
-        _symmetric_kernel[grid](*stacks, rows, cols, *strides, alpha, beta, ADD_START=start is not None)
+        _symmetric_kernel[tiles, tiles, len(stacks[0])](
+            *stacks, rows, cols, *strides, alpha, beta, ADD_START=start is not None,
+            TILE=config.tile, TILE_K=config.tile_k, num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
     return out
 
 
-def xxt(x: Tensor, out: Tensor | None = None) -> Tensor:
+def xxt(x: Tensor, out: Tensor | None = None, config: Config = DEFAULT) -> Tensor:
     """X X^T, accumulated in fp32.
 
     Args:
         x: (m, k) or (stack, m, k), bf16, fp16 or fp32, any strides. out: (m, m) or (stack, m, m) of x's dtype,
-            not overlapping x; a new tensor if None.
+            not overlapping x; a new tensor if None. config: of the kernel.
     """
-    return _launch("xxt", None, x, x, 1.0, 0.0, out)
+    return _launch("xxt", None, x, x, 1.0, 0.0, out, config)
 
 
 def symmetric_addmm(
-    start: Tensor, x: Tensor, y: Tensor, *, beta: float, alpha: float = 1.0, out: Tensor | None = None
+    start: Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    beta: float,
+    alpha: float = 1.0,
+    out: Tensor | None = None,
+    config: Config = DEFAULT,
 ) -> Tensor:
     """beta S + alpha X Y, accumulated in fp32 and read off its lower triangle.
 
     Args:
         start, x, y: S, X and Y, (m, m) or (stack, m, m), bf16, fp16 or fp32, symmetric; X and Y commute.
-        out: of that shape and dtype, not overlapping them; a new tensor if None.
+        out: of that shape and dtype, not overlapping them; a new tensor if None. config: of the kernel.
     """
-    return _launch("symmetric_addmm", start, x, y, alpha, beta, out)
+    return _launch("symmetric_addmm", start, x, y, alpha, beta, out, config)

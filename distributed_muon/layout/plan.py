@@ -25,13 +25,11 @@ from distributed_muon.layout.pieces import Layout, Piece
 from distributed_muon.layout.teams import team_sizes
 
 STRATEGIES = ("home", "gather", "auto")
-# A home takes its matrices in waves of about this many bytes in 16 bits, and holds no more than two waves at a time.
-# With 64 MiB, a rank that is home to 1 GiB of matrices goes through 16 waves a step; with twice the model it goes
-# through 32, in the same memory. Everything that a step allocates beside the state (matrices and wire of two waves,
-# fp32 updates of one, workspaces of Newton-Schulz) stays below TRANSIENT_WAVES such waves. Where one matrix is larger
-# than a wave it counts as the wave; where two gradient buckets are larger than all of this, they are the bound.
+# A home takes its matrices in waves of about this many bytes in 16 bits; three waves are in flight at a time. With
+# 64 MiB, a rank that is home to 1 GiB of matrices goes through 16 waves a step; with twice the model it goes through
+# 32, in the same memory. Where one matrix is larger than a wave it counts as the wave. `layout.memory` counts what a
+# step allocates: 5 to 14 such waves, fewer where more of a matrix lies at its home.
 WAVE_BYTES = 64 << 20
-TRANSIENT_WAVES = 7
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class Plan:
         return tuple(tuple(waves[wave]) for wave in sorted(waves))
 
     @cached_property
-    def _wave_of(self) -> np.ndarray:
+    def wave_of(self) -> np.ndarray:
         """Per matrix, the number of its wave."""
         wave_of = np.empty(len(self.homes), np.int64)
         for wave, matrices in enumerate(self.waves):
@@ -110,15 +108,15 @@ class Plan:
         return wave_of
 
     @cached_property
-    def _home_count(self) -> np.ndarray:
+    def home_count(self) -> np.ndarray:
         """Per matrix, the number of its homes."""
         return np.fromiter(map(len, self.homes), np.int64, len(self.homes))
 
     @cached_property
-    def _away(self) -> np.ndarray:
+    def away(self) -> np.ndarray:
         """Per piece, whether the rank that holds it is no home of its matrix."""
         pieces, world = self.layout.columns, self.layout.world
-        matrices = np.repeat(np.arange(len(self.homes)), self._home_count)
+        matrices = np.repeat(np.arange(len(self.homes)), self.home_count)
         ranks = np.fromiter(chain.from_iterable(self.homes), np.int64, len(matrices))
         return ~np.isin(pieces.matrix * world + pieces.rank, matrices * world + ranks)
 
@@ -150,10 +148,10 @@ class Plan:
     def exchange_bytes_by_rank(self) -> list[int]:
         """Bytes each rank sends in the all-to-alls of one step, both ways."""
         sent = np.zeros(self.layout.world, np.int64)
-        pieces, numel, away = self.layout.columns, self.layout.columns.numel, self._away
+        pieces, numel, away = self.layout.columns, self.layout.columns.numel, self.away
         source = pieces.replica == 0
         first = np.fromiter((homes[0] for homes in self.homes), np.int64, len(self.homes))
-        np.add.at(sent, pieces.rank[source], (numel * (self._home_count[pieces.matrix] - 1 + away))[source])
+        np.add.at(sent, pieces.rank[source], (numel * (self.home_count[pieces.matrix] - 1 + away))[source])
         np.add.at(sent, first[pieces.matrix[away]], numel[away])
         return (sent * self.newton_schulz.element_bytes).tolist()
 
@@ -178,23 +176,23 @@ class Plan:
     def last_wave_by_tensor(self) -> list[int]:
         """Per tensor, the wave that updates the last of its matrices; -1 for tensors without matrices."""
         last = np.full(len(self.layout.tensors), -1)
-        np.maximum.at(last, np.array(self.layout.tensor_of_matrix, int), self._wave_of)
+        np.maximum.at(last, np.array(self.layout.tensor_of_matrix, int), self.wave_of)
         return last.tolist()
 
     def schedule(self, rank: int) -> list[Wave]:
         """What `rank` holds, orthogonalizes, sends and receives in each wave."""
-        pieces, wave_of = self.layout.columns, self._wave_of[self.layout.columns.matrix]
+        pieces, wave_of = self.layout.columns, self.wave_of[self.layout.columns.matrix]
         mine: list[list[int]] = [[] for _ in self.waves]
         for matrix, homes in enumerate(self.homes):
             if rank in homes:
-                mine[self._wave_of[matrix]].append(matrix)
+                mine[self.wave_of[matrix]].append(matrix)
         # The pieces that concern this rank: those it holds, and all of the matrices it is a home of.
         near = np.flatnonzero((pieces.rank == rank) | np.isin(pieces.matrix, list(chain.from_iterable(mine))))
         by_wave: list[list[Piece]] = [[] for _ in self.waves]
         for piece, wave in zip(self.layout.pieces_at(near), wave_of[near].tolist(), strict=True):
             by_wave[wave].append(piece)
-        sends = (pieces.replica == 0) & (self._away | (self._home_count[pieces.matrix] > 1))
-        busy = [set(wave_of[moving].tolist()) for moving in (sends, self._away)]
+        sends = (pieces.replica == 0) & (self.away | (self.home_count[pieces.matrix] > 1))
+        busy = [set(wave_of[moving].tolist()) for moving in (sends, self.away)]
         return [
             self._wave(rank, mine[wave], by_wave[wave], [wave not in waves for waves in busy])
             for wave in range(len(self.waves))

@@ -10,6 +10,8 @@ Assumptions, those of a Megatron-style job:
   own of dp x tp / ep ranks (expert data parallelism), one per slice of the experts, on the same ranks.
 - Muon and AdamW parameters have buckets of their own, cut over the data-parallel ranks.
 - ZeRO-1 AdamW, to compare with, sends fp32 gradients (reduce-scatter) and bf16 parameters (all-gather).
+- Memory: bf16 parameters and fp32 gradients whole on every rank, in buckets; a step's transient peak on top, that of
+  one domain at a time, as `layout.memory` counts it for accelerators. Activations are left out.
 
 Bytes and FLOPs are per rank and step; matrices and parameters those of the whole model.
 """
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 
 from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets, make_buckets
 from distributed_muon.layout.matrices import TensorSpec, Whole
+from distributed_muon.layout.memory import transient_bytes_by_rank
 from distributed_muon.layout.pieces import Layout
 from distributed_muon.layout.plan import Plan, make_plan
 from distributed_muon.planning.model_shapes import ParameterShape
@@ -29,6 +32,7 @@ from distributed_muon.planning.model_shapes import ParameterShape
 LAYOUTS = ("flat", "bucketed", "aligned")
 # fp32 gradient reduce-scatter (4) and bf16 parameter all-gather (2): ZeRO-1 AdamW's bytes per parameter.
 _ADAMW_WIRE_BYTES = 6
+_PARAMETER_BYTES, _GRADIENT_BYTES = 2, 4  # bf16 and fp32
 _MUON_STATE_BYTES = 8  # fp32 master and momentum
 _ADAMW_STATE_BYTES = 12  # fp32 master and two moments
 
@@ -91,6 +95,16 @@ class DomainPlan:
     buckets: tuple[int, ...] = ()
     last_buckets: tuple[int, ...] = ()
 
+    @property
+    def parameter_bytes(self) -> int:
+        """Of every rank, bucket padding included."""
+        return sum(self.buckets) * _PARAMETER_BYTES
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of every rank, bucket padding included."""
+        return sum(self.buckets) * _GRADIENT_BYTES
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -100,6 +114,9 @@ class StageReport:
         stage: its number. domains: its rank domains.
         ns_flops_max: Newton-Schulz FLOPs of the busiest rank. ns_max_over_ideal: that over an equal share.
         exchange_bytes_max: sent by the busiest rank in the plan's all-to-alls, both ways.
+        parameter_bytes, gradient_bytes: held by every rank, as is state_bytes_max.
+        transient_bytes_max: what the step of one rank allocates beside these at its peak, at most.
+        memory_bytes_max: all four together.
         adamw_bytes: what ZeRO-1 AdamW sends for the same parameters: 6 bytes x (N - 1) / N each.
         plan_seconds: to lay out and plan this stage.
     """
@@ -109,8 +126,12 @@ class StageReport:
     ns_flops_max: int
     ns_max_over_ideal: float
     exchange_bytes_max: int
+    parameter_bytes: int
+    gradient_bytes: int
     state_bytes_max: int
     state_bytes_ideal: float
+    transient_bytes_max: int
+    memory_bytes_max: int
     adamw_bytes: float
     plan_seconds: float
 
@@ -145,21 +166,29 @@ def _report(number: int, stage: Sequence[ParameterShape], job: Job) -> StageRepo
     domains = _domains(stage, job)
     world = job.dp * job.tp
     flops, sent = [0] * world, [0] * world
-    total = 0.0
+    total, transient = 0.0, 0
     for domain in domains:
+        transient = max(transient, *transient_bytes_by_rank(domain.plan))
         total += domain.plan.ns_flops_total * domain.ranks_per_slice
         work, exchange = domain.plan.ns_flops_by_rank, domain.plan.exchange_bytes_by_rank
         for rank in range(world):
             flops[rank] += work[rank // domain.ranks_per_slice]
             sent[rank] += exchange[rank // domain.ranks_per_slice]
+    parameters, gradients, state = (
+        sum(getattr(domain, f"{kind}_bytes") for domain in domains) for kind in ("parameter", "gradient", "state")
+    )
     return StageReport(
         stage=number,
         domains=tuple(domains),
         ns_flops_max=max(flops),
         ns_max_over_ideal=max(flops) * world / total if total else 1.0,
         exchange_bytes_max=max(sent),
-        state_bytes_max=sum(domain.state_bytes for domain in domains),
+        parameter_bytes=parameters,
+        gradient_bytes=gradients,
+        state_bytes_max=state,
         state_bytes_ideal=sum(domain.state_bytes_ideal for domain in domains),
+        transient_bytes_max=transient,
+        memory_bytes_max=parameters + gradients + state + transient,
         adamw_bytes=sum(domain.adamw_bytes for domain in domains),
         plan_seconds=time.perf_counter() - started,
     )

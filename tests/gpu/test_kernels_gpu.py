@@ -8,6 +8,7 @@ from torch import Tensor
 
 from distributed_muon import kernels
 from distributed_muon.engine.newton_schulz import orthogonalize
+from distributed_muon.kernels.table import SHIPPED, KernelTable
 from tests.symmetric_products import symmetric_addmm_reference, xxt_reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -61,12 +62,18 @@ def test_orthogonalize_agrees_with_the_cpu(shape, form):
 
 
 def test_triton_is_used_where_it_pays(symmetric):
+    table = KernelTable.load(None, torch.device("cuda"))
     large = torch.empty(1024, 1024, dtype=torch.bfloat16, device="cuda")
-    assert kernels.symmetric_products(large) == (symmetric.xxt, symmetric.symmetric_addmm)
-    assert kernels.symmetric_products(large[:64]) is None
-    assert kernels.symmetric_products(large.float()) is None
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert kernels.symmetric_products(large) is None
-    finally:
-        torch.use_deterministic_algorithms(False)
+    xxt, addmm = kernels.products_of(large, table)
+    assert (xxt.func, addmm.func) == (symmetric.xxt, symmetric.symmetric_addmm)
+    assert kernels.products_of(large[:64], table) == kernels.FULL
+    assert kernels.products_of(large.float(), table) == kernels.FULL
+
+
+@pytest.mark.parametrize("size", [512, 1000, 2048])
+def test_every_config_of_the_shipped_table_runs(symmetric, size):
+    x = (randn(size, size) / size**0.5).bfloat16()
+    for rule in SHIPPED["cuda"].rules:
+        assert rule.config is not None
+        out = symmetric.xxt(x, config=symmetric.Config(*rule.config))
+        torch.testing.assert_close(out, xxt_reference(x), rtol=2e-2, atol=1e-3)

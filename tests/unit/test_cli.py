@@ -40,6 +40,12 @@ def test_moonlight_homes_are_balanced_and_cheap(capsys, dp, bound):
     assert report["state_bytes_max"] <= 1.02 * report["state_bytes_ideal"]
     expected = 6 * report["parameters"] * (dp - 1) / dp
     assert report["adamw_bytes"] == pytest.approx(expected)
+    # bf16 parameters, fp32 gradients; waves of 64 MiB, each with its matrices and two wires, and the stage.
+    padded = report["gradient_bytes"] // 4
+    assert report["parameters"] <= padded <= report["parameters"] + 1e5 and report["parameter_bytes"] == 2 * padded
+    assert 6 * 2**26 < report["transient_bytes_max"] < 11 * 2**26
+    parts = ("parameter_bytes", "gradient_bytes", "state_bytes_max", "transient_bytes_max")
+    assert report["memory_bytes_max"] == sum(report[part] for part in parts)
     assert report["comm_over_adamw"] == pytest.approx(1 + report["exchange_bytes_max"] / expected)
     # Two bf16 all-to-alls of the shards, less what already lies at its home.
     assert 0 < report["exchange_bytes_max"] <= 4 * report["muon_parameters"] * 1.1 / dp

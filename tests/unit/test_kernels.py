@@ -11,16 +11,20 @@ import os
 import subprocess
 import sys
 import traceback
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from distributed_muon import kernels
+from distributed_muon import DistributedMuon, kernels
 from distributed_muon.engine.newton_schulz import orthogonalize
+from distributed_muon.engine.step import ShardedStep
 from distributed_muon.kernels import panels
+from distributed_muon.kernels.table import PRODUCTS, SHIPPED, KernelTable, Rule
 from distributed_muon.layout.cost_model import ns_flops
+from perf import newton_schulz
 from tests.symmetric_products import symmetric_addmm_reference, xxt_reference
 
 SHAPES = ((1, 1), (5, 7), (16, 16), (33, 17), (48, 80), (2, 20, 40), (3, 35, 9))
@@ -48,7 +52,8 @@ def close(actual: Tensor, expected: Tensor, atol: float = 1e-4) -> None:
 @pytest.fixture
 def narrow_panels(monkeypatch):
     monkeypatch.setattr(panels, "MIN_WIDTH", 4)
-    monkeypatch.setattr(kernels, "_PANEL_MIN_ROWS", 8)
+    rules = tuple(Rule(product, 8, 0, "panels") for product in PRODUCTS)
+    monkeypatch.setitem(SHIPPED, "cpu", KernelTable("cpu", "for tests", rules))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -83,8 +88,8 @@ def test_orthogonalize_by_panels(narrow_panels, monkeypatch, shape, form):
     with FlopCounterMode(display=False) as counter:
         output = orthogonalize(x, form=form, dtype=torch.float32)
     assert counter.get_total_flops() < 0.9 * x[..., 0, 0].numel() * ns_flops(*shape[-2:], 5, "standard")
-    monkeypatch.setattr(kernels, "_PANEL_MIN_ROWS", 1000)
-    close(output, orthogonalize(x, form=form, dtype=torch.float32), atol=1e-4)
+    full = orthogonalize(x, form=form, dtype=torch.float32, kernels=KernelTable("cpu", "nothing", ()))
+    close(output, full, atol=1e-4)
 
 
 def test_standard_form_never_takes_panels(narrow_panels):
@@ -96,11 +101,73 @@ def test_standard_form_never_takes_panels(narrow_panels):
 # ---- which products
 
 
-def test_cpu_tensors_get_no_triton(monkeypatch):
+def test_the_shipped_table_of_cpus_takes_panels_from_512_rows() -> None:
+    table = KernelTable.load(None, torch.device("cpu"))
+    assert kernels.products_of(torch.empty(511, 8), table) == kernels.FULL
+    assert kernels.products_of(torch.empty(512, 8), table) == (panels.xxt, panels.symmetric_addmm)
+
+
+def test_the_largest_rule_that_fits_decides() -> None:
+    rules = (Rule("xxt", 64, 0, "panels"), Rule("xxt", 64, 256, "matmul"), Rule("xxt", 512, 1024, "panels"))
+    table = KernelTable("cpu", "for tests", rules)
+    chosen = {shape: table.rule("xxt", *shape)[1:3] for shape in ((63, 900), (64, 255), (600, 600), (512, 1024))}
+    assert chosen == {(63, 900): (0, 0), (64, 255): (64, 0), (600, 600): (64, 256), (512, 1024): (512, 1024)}
+    assert table.rule("addmm", 4096, 4096).kernel == "matmul"
+
+
+def test_cpu_tensors_get_no_triton(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "triton_available", lambda: True)
-    assert kernels.symmetric_products(torch.empty(8, 8, dtype=torch.bfloat16)) is None
-    products = kernels.symmetric_products(torch.empty(1024, 8, dtype=torch.bfloat16))
-    assert products == (panels.xxt, panels.symmetric_addmm)
+    x = torch.empty(1024, 8, dtype=torch.bfloat16)
+    assert kernels.products_of(x, SHIPPED["cuda"]) == kernels.FULL
+
+
+def test_a_table_is_read_at_construction_and_named_where_it_is_wrong(tmp_path) -> None:
+    path = tmp_path / "table.json"
+    rule = {"product": "xxt", "rows": 8, "cols": 8, "kernel": "panels", "config": None, "seconds": {"panels": 1e-3}}
+    path.write_text(json.dumps({"cpu": {"measured": "here", "rules": [rule]}}))
+    param = torch.nn.Parameter(randn(40, 48))
+    optimizer = DistributedMuon([param], ns_table=str(path))
+    (engine,) = (value for value in vars(optimizer).values() if isinstance(value, ShardedStep))
+    path.unlink()  # not read again
+    assert engine.kernels.rules == (Rule("xxt", 8, 8, "panels"),) and engine.kernels.source != "shipped"
+    with mock.patch.object(panels, "xxt", wraps=panels.xxt) as taken:
+        param.grad = randn(40, 48, seed=1)
+        optimizer.step()
+    assert taken.call_count == 5, "once an iteration"
+    for text, says in (
+        (None, "No such file"),
+        ("[", "is no kernel table"),
+        (json.dumps({"A100": {}}), "has nothing for 'cpu': run python -m perf.newton_schulz --tune"),
+        (json.dumps({"cpu": {"measured": "", "rules": [{**rule, "kernel": "quack"}]}}), "'xxt' by 'quack' is unknown"),
+    ):
+        if text is not None:
+            path.write_text(text)
+        with pytest.raises(ValueError, match=r"ns_table=.*table\.json") as error:
+            DistributedMuon([torch.nn.Parameter(randn(4, 4))], ns_table=str(path))
+        assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_tuning_writes_the_fastest_beside_what_other_devices_have(tmp_path, capsys) -> None:
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps({"A100": {"measured": "there", "rules": []}}))
+    words = ["newton_schulz", "--tune", str(path), "--shapes", "64x96", "600x600", "--rounds", "2"]
+    with mock.patch.object(sys, "argv", words):
+        newton_schulz.main()
+    written = json.loads(path.read_text())
+    assert written["A100"]["measured"] == "there" and "torch" in written["cpu"]["measured"]
+    rules = written["cpu"]["rules"]
+    assert [(r["product"], r["rows"], r["cols"]) for r in rules] == [
+        ("xxt", 64, 96), ("addmm", 64, 64), ("xxt", 600, 600), ("addmm", 600, 600),
+    ]  # fmt: skip
+    for rule in rules:
+        assert rule["seconds"][rule["kernel"]] == min(rule["seconds"].values()) > 0
+        assert set(rule["seconds"]) == {"matmul", "panels"}
+    assert len(KernelTable.load(path, torch.device("cpu")).rules) == 4
+    assert "600x600" in capsys.readouterr().out
+    path.write_text("[")
+    with mock.patch.object(sys, "argv", words), pytest.raises(SystemExit):
+        newton_schulz.main()
+    assert "is no kernel table: name another file" in capsys.readouterr().err
 
 
 def test_triton_kernels_refuse_cpu_tensors():
@@ -133,6 +200,7 @@ def check_xxt() -> None:
         for dtype in (torch.float32, torch.float16):
             x = randn(*shape).to(dtype)
             close(symmetric.xxt(x), xxt_reference(x))
+            close(symmetric.xxt(x, config=symmetric.Config(32, 16, 2, 2)), xxt_reference(x))
 
 
 def check_symmetric_addmm() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from distributed_muon import DistributedMuon, muon_param_groups
 from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.engine.state import Member, own_parameters
-from distributed_muon.engine.step import _slot_sizes
 from distributed_muon.engine.workspace import Workspace
 from distributed_muon.layout.matrices import TensorSpec, Whole
+from distributed_muon.layout.memory import slot_elements
 from distributed_muon.layout.plan import make_plan
 from tests.unit.test_plan import layout_of, transformer
 
@@ -100,8 +100,8 @@ def test_slots_are_as_large_as_what_travels() -> None:
     plan = make_plan(layout_of(transformer(2), 4, 100_000, False), "home", teams=False, wave_bytes=100_000)
     total = [0] * 4
     for rank in range(4):
-        for wave in plan.schedule(rank):
-            matrices, held, home, stage = _slot_sizes(plan, wave)
+        for wave, sizes in zip(plan.schedule(rank), slot_elements(plan)[:, rank].tolist(), strict=True):
+            matrices, held, home, stage = sizes
             assert matrices == sum(plan.layout.matrices[m].numel for stack in wave.stacks for m in stack)
             sent, received = (sum(p.numel for p in pieces) for pieces in (wave.gather.send, wave.gather.recv))
             back_sent, back = (sum(p.numel for p in pieces) for pieces in (wave.scatter.send, wave.scatter.recv))

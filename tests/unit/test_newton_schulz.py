@@ -299,7 +299,7 @@ def test_batches_cover_the_stack_and_its_remainder(monkeypatch, shape):
     stack = randn(*shape)
     expected = torch.stack([orthogonalize(matrix, dtype=torch.float32) for matrix in stack])
     for batch in (1, 3, 4, 10):
-        monkeypatch.setitem(newton_schulz._BATCH_NUMEL, "cpu", batch * shape[1] * shape[2])
+        monkeypatch.setitem(newton_schulz.BATCH_NUMEL, "cpu", batch * shape[1] * shape[2])
         torch.testing.assert_close(orthogonalize(stack, dtype=torch.float32), expected, rtol=0, atol=1e-5)
 
 
