@@ -2,6 +2,7 @@
 
     torchrun --standalone --nproc_per_node 2 -m launch.pretrain_fsdp2 --model moonlight
     torchrun --standalone --nproc_per_node 4 -m launch.pretrain_fsdp2 --replicate 2
+    torchrun --standalone --nproc_per_node 4 -m launch.pretrain_fsdp2 --tp 2
 
 Parameters and their masters are float32 and sharded; --dtype is what FSDP2 gathers and computes in. The last line on
 stdout is a JSON object with the results.
@@ -25,6 +26,7 @@ from launch import arguments
 from launch.job import run_job
 from launch.models import CausalLM, huggingface, update_expert_bias
 from launch.schedule import cosine_schedule
+from launch.tensor_parallel import parallelize
 from launch.trainer import Trainer
 from launch.validation import validation_loss
 from launch.world import World
@@ -35,6 +37,9 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = arguments.trainer_parser(__doc__)
     parser.add_argument(
         "--replicate", type=int, default=1, help="copies of the shards: HSDP over so many groups of ranks"
+    )
+    parser.add_argument(
+        "--tp", type=int, default=1, help="tensor-parallel size: neighbouring ranks that share heads, columns, experts"
     )
     arguments.add_muon_flags(parser).add_argument(
         "--strategy", choices=("auto", "home", "gather"), default="auto", help="where matrices are orthogonalized"
@@ -58,18 +63,19 @@ class FullyShardedTrainer(Trainer):
     kind = "fsdp2"
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
-        if args.replicate < 1 or world.size % args.replicate:
-            raise ValueError(f"--replicate {args.replicate} does not divide the {world.size} ranks")
+        if args.replicate < 1 or args.tp < 1 or world.size % (args.replicate * args.tp):
+            raise ValueError(f"--replicate {args.replicate} x --tp {args.tp} does not divide the {world.size} ranks")
         super().__init__(args, world)
+        self.data_rank, self.data_size = world.rank // args.tp, world.size // args.tp
         self.model = self._whole_model(world.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
-        shape, names = (world.size,), ("shard",)
-        if args.replicate > 1:
-            shape, names = (args.replicate, world.size // args.replicate), ("replicate", "shard")
-        shard(
-            self.model, init_device_mesh(world.device.type, shape, mesh_dim_names=names), arguments.DTYPES[args.dtype]
-        )
-        self.title = f"FSDP2 {' x '.join(map(str, shape))}"
+        sizes = {"replicate": args.replicate, "shard": self.data_size // args.replicate, "tp": args.tp}
+        axes = [axis for axis, size in sizes.items() if size > 1 or axis == "shard"]
+        mesh = init_device_mesh(world.device.type, [sizes[axis] for axis in axes], mesh_dim_names=axes)
+        if args.tp > 1:
+            parallelize(self.model, mesh["tp"])
+        shard(self.model, mesh[tuple(axis for axis in axes if axis != "tp")], arguments.DTYPES[args.dtype])
+        self.title = f"FSDP2 {' x '.join(f'{axis} {sizes[axis]}' for axis in axes)}"
         groups = muon_param_groups(self.model, vector_weight_decay=0.0)
         options = {"weight_decay": args.weight_decay, **arguments.muon_options(args)}
         self.optimizer = FullyShardedMuon(groups, lr=args.lr, **options)
@@ -115,8 +121,11 @@ class FullyShardedTrainer(Trainer):
 
     def validate(self) -> float:
         """Validation loss over as many batches on every rank, which FSDP2 needs; collective."""
-        samples = min(self.args.validation_samples, len(self.data.validation)) // self.world.size * self.world.size
-        return validation_loss(self.model, self.data, self.world, samples or self.world.size, self.args.batch_size)
+        share = self.data_rank, self.data_size
+        samples = min(self.args.validation_samples, len(self.data.validation)) // self.data_size * self.data_size
+        return validation_loss(
+            self.model, self.data, self.world, samples or self.data_size, self.args.batch_size, share
+        )
 
     def save(self) -> None:
         """Checkpoint now, unless it is there; it loads on any mesh, and in the plain trainer. Collective."""
@@ -139,7 +148,7 @@ class FullyShardedTrainer(Trainer):
 
     def results(self) -> dict[str, Any]:
         """How the ranks are arranged."""
-        return {"replicate": self.args.replicate}
+        return {"parallelism": {"tp": self.args.tp, "replicate": self.args.replicate, "dp": self.data_size}}
 
 
 def main() -> None:

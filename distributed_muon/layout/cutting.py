@@ -1,7 +1,8 @@
-"""Flat buckets of whole tensors, and the equal parts that data-parallel ranks cut them into."""
+"""Flat buckets of whole tensors and the equal parts that data-parallel ranks cut them into; or rows of every tensor."""
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
@@ -110,4 +111,14 @@ def cut_buckets(buckets: Sequence[Bucket], numels: Sequence[int], dp: int) -> li
             cuts = [0, *range((first + 1) * size - offset, numel, size), numel] if numel else []
             for rank, (start, stop) in enumerate(pairwise(cuts), first):
                 shards[rank].append(Shard(tensor, start, stop))
+    return shards
+
+
+def cut_rows(shapes: Sequence[Sequence[int]], dp: int) -> list[list[Shard]]:
+    """Cut every tensor's first dimension as torch.chunk and FSDP2 do; the shards of each of `dp` ranks."""
+    shards: list[list[Shard]] = [[] for _ in range(dp)]
+    for tensor, shape in enumerate(shapes):
+        numel, step = math.prod(shape), -(-shape[0] // dp) * math.prod(shape[1:])
+        for rank, start in enumerate(range(0, numel, max(step, 1))):
+            shards[rank].append(Shard(tensor, start, min(start + step, numel)))
     return shards

@@ -10,8 +10,12 @@ Assumptions, those of a Megatron-style job:
   own of dp x tp / ep ranks (expert data parallelism), one per slice of the experts, on the same ranks.
 - Muon and AdamW parameters have buckets of their own, cut over the data-parallel ranks.
 - ZeRO-1 AdamW, to compare with, sends fp32 gradients (reduce-scatter) and bf16 parameters (all-gather).
-- Memory: bf16 parameters and fp32 gradients whole on every rank, in buckets; a step's transient peak on top, that of
-  one domain at a time, as `layout.memory` counts it for accelerators. Activations are left out.
+- The layout "fsdp2" has no buckets: FSDP2 cuts rows of every parameter over the data-parallel ranks, inside what
+  tensor parallelism cut. To compare with is what FSDP2 sends itself in one microbatch: bf16 parameters twice, those
+  of the root (embedding, final norm, head) once, and fp32 gradients; rows that it pads are left out.
+- Memory: bf16 parameters and fp32 gradients whole on every rank, in buckets, or a rank's rows under FSDP2; a step's
+  transient peak on top, that of one domain at a time, as `layout.memory` counts it for accelerators. Activations, and
+  what FSDP2 gathers for a while, are left out.
 
 Bytes and FLOPs are per rank and step; matrices and parameters those of the whole model.
 """
@@ -22,16 +26,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets, make_buckets
+from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets, cut_rows, make_buckets
 from distributed_muon.layout.matrices import TensorSpec, Whole
 from distributed_muon.layout.memory import transient_bytes_by_rank
 from distributed_muon.layout.pieces import Layout
 from distributed_muon.layout.plan import Plan, make_plan
 from distributed_muon.planning.model_shapes import ParameterShape
 
-LAYOUTS = ("flat", "bucketed", "aligned")
-# fp32 gradient reduce-scatter (4) and bf16 parameter all-gather (2): ZeRO-1 AdamW's bytes per parameter.
-_ADAMW_WIRE_BYTES = 6
+LAYOUTS = ("flat", "bucketed", "aligned", "fsdp2")
 _PARAMETER_BYTES, _GRADIENT_BYTES = 2, 4  # bf16 and fp32
 _MUON_STATE_BYTES = 8  # fp32 master and momentum
 _ADAMW_STATE_BYTES = 12  # fp32 master and two moments
@@ -43,11 +45,11 @@ class Job:
 
     Args:
         dp, tp, pp, ep: data, tensor, pipeline and expert parallel sizes; ep divides dp x tp.
-        layout: "flat" (one buffer), "bucketed" (every bucket cut dp ways, whatever straddles) or "aligned"
-            (bucketed, ordered so that few matrices straddle).
+        layout: "flat" (one buffer), "bucketed" (every bucket cut dp ways, whatever straddles), "aligned"
+            (bucketed, ordered so that few matrices straddle) or "fsdp2" (rows of every parameter).
         strategy: as in `make_plan`.
         bucket_mb: MiB of fp32 gradients per bucket; None is the rule of
-            `bucket_elements`. "flat" has no use for it.
+            `bucket_elements`. "flat" and "fsdp2" have no use for it.
     """
 
     dp: int
@@ -66,8 +68,8 @@ class Job:
             raise ValueError(f"layout {self.layout!r} is unknown: choose one of {', '.join(LAYOUTS)}")
         if self.bucket_mb is not None and self.bucket_mb <= 0:
             raise ValueError(f"bucket_mb {self.bucket_mb} is no size: give MiB above 0")
-        if self.bucket_mb is not None and self.layout == "flat":
-            raise ValueError(f"bucket_mb {self.bucket_mb} contradicts layout 'flat': leave it out")
+        if self.bucket_mb is not None and self.layout in ("flat", "fsdp2"):
+            raise ValueError(f"bucket_mb {self.bucket_mb} contradicts layout {self.layout!r}: leave it out")
         if self.dp * self.tp % self.ep:
             raise ValueError(f"ep {self.ep} does not divide dp x tp = {self.dp * self.tp}")
 
@@ -84,6 +86,7 @@ class DomainPlan:
         state_bytes_ideal: the same without padding. adamw_bytes: see StageReport.
         buckets: elements of each. last_buckets: elements of the first layers', one an algorithm: when backward has
             filled them, nothing is left to run beside their reduction.
+        held: elements of parameters that every rank keeps from step to step, padding included.
     """
 
     name: str
@@ -94,16 +97,17 @@ class DomainPlan:
     adamw_bytes: float
     buckets: tuple[int, ...] = ()
     last_buckets: tuple[int, ...] = ()
+    held: int = 0
 
     @property
     def parameter_bytes(self) -> int:
-        """Of every rank, bucket padding included."""
-        return sum(self.buckets) * _PARAMETER_BYTES
+        """Of every rank."""
+        return self.held * _PARAMETER_BYTES
 
     @property
     def gradient_bytes(self) -> int:
-        """Of every rank, bucket padding included."""
-        return sum(self.buckets) * _GRADIENT_BYTES
+        """Of every rank."""
+        return self.held * _GRADIENT_BYTES
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,8 @@ class StageReport:
         parameter_bytes, gradient_bytes: held by every rank, as is state_bytes_max.
         transient_bytes_max: what the step of one rank allocates beside these at its peak, at most.
         memory_bytes_max: all four together.
-        adamw_bytes: what ZeRO-1 AdamW sends for the same parameters: 6 bytes x (N - 1) / N each.
+        adamw_bytes: what ZeRO-1 AdamW sends for the same parameters: 6 bytes x (N - 1) / N each. With layout "fsdp2"
+            what FSDP2 sends for them: 8 bytes x (N - 1) / N, the root's 6.
         plan_seconds: to lay out and plan this stage.
     """
 
@@ -243,11 +248,20 @@ def _domain(
     numels = [tensor.numel for tensor in tensors]
     muon = [index for index, tensor in enumerate(tensors) if tensor.rule is not None]
     adamw = [index for index, tensor in enumerate(tensors) if tensor.rule is None]
-    muon_buckets, adamw_buckets = _buckets(muon, numels, dp, job), _buckets(adamw, numels, dp, job)
-    by_dp_rank = cut_buckets(muon_buckets + adamw_buckets, numels, dp)
+    buckets: tuple[list[Bucket], ...] = ()
+    if job.layout == "fsdp2":
+        by_dp_rank = cut_rows([tensor.shape for tensor in tensors], dp)
+        most = {shard.tensor: shard.stop - shard.start for shard in by_dp_rank[0]}
+        padded = [sum(most[index] for index in chosen) for chosen in (muon, adamw)]
+        held = sum(padded)
+    else:
+        buckets = _buckets(muon, numels, dp, job), _buckets(adamw, numels, dp, job)
+        by_dp_rank = cut_buckets([*buckets[0], *buckets[1]], numels, dp)
+        padded = [sum(bucket.numel for bucket in some) // dp for some in buckets]
+        held = sum(padded) * dp
+    wire = [_wire_bytes(shape, job) * numel for shape, numel in zip(shapes, numels, strict=True)]
     shards = [by_dp_rank[rank // tp] for rank in range(dp * tp)]
     layout = Layout.build(tensors, shards, [rank % tp for rank in range(dp * tp)])
-    padded = [sum(bucket.numel for bucket in buckets) // dp for buckets in (muon_buckets, adamw_buckets)]
     exact = [sum(numels[index] for index in chosen) / dp for chosen in (muon, adamw)]
     return DomainPlan(
         name=name,
@@ -255,10 +269,16 @@ def _domain(
         ranks_per_slice=job.ep if expert else 1,
         state_bytes=padded[0] * _MUON_STATE_BYTES + padded[1] * _ADAMW_STATE_BYTES,
         state_bytes_ideal=exact[0] * _MUON_STATE_BYTES + exact[1] * _ADAMW_STATE_BYTES,
-        adamw_bytes=_ADAMW_WIRE_BYTES * sum(numels) * (dp - 1) / dp,
-        buckets=tuple(bucket.numel for bucket in muon_buckets + adamw_buckets),
-        last_buckets=tuple(some[-1].numel for some in (muon_buckets, adamw_buckets) if some),
+        adamw_bytes=sum(wire) * (dp - 1) / dp,
+        buckets=tuple(bucket.numel for some in buckets for bucket in some),
+        last_buckets=tuple(some[-1].numel for some in buckets if some),
+        held=held,
     )
+
+
+def _wire_bytes(shape: ParameterShape, job: Job) -> int:
+    """Per element, under AdamW: fp32 gradient (4) and bf16 parameter (2), which layers under FSDP2 gather twice."""
+    return 8 if job.layout == "fsdp2" and shape.layer is not None else 6
 
 
 def _buckets(chosen: Sequence[int], numels: Sequence[int], dp: int, job: Job) -> list[Bucket]:

@@ -34,23 +34,22 @@ class Attention(nn.Module):
 
     def __init__(self, config: DenseConfig) -> None:
         super().__init__()
-        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"num_attention_heads={self.heads} is not a multiple of num_key_value_heads={self.kv_heads}"
-            )
-        self.q_proj = nn.Linear(config.hidden_size, self.heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, self.kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}")
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
         self.rotary = Rotary(self.head_dim, config.max_position_embeddings, config.rope_theta, config.rope_scaling)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, time, _ = x.shape
-        q = self.q_proj(x).view(batch, time, self.heads, self.head_dim).transpose(1, 2)  # (b, heads, t, d)
-        k = self.k_proj(x).view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)  # (b, kv, t, d)
-        v = self.v_proj(x).view(batch, time, self.kv_heads, self.head_dim).transpose(1, 2)  # (b, kv, t, d)
+        # -1: tensor parallelism leaves a part of the heads.
+        q = self.q_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)  # (b, heads, t, d)
+        k = self.k_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)  # (b, kv, t, d)
+        v = self.v_proj(x).view(batch, time, -1, self.head_dim).transpose(1, 2)  # (b, kv, t, d)
         out = F.scaled_dot_product_attention(self.rotary(q), self.rotary(k), v, is_causal=True, enable_gqa=True)
         return self.o_proj(out.transpose(1, 2).reshape(batch, time, -1))  # (b, t, hidden)
 

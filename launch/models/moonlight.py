@@ -57,14 +57,14 @@ class LatentAttention(nn.Module):
 
     def __init__(self, config: MoonlightConfig) -> None:
         super().__init__()
-        self.heads, self.latent = config.num_attention_heads, config.kv_lora_rank
+        heads, self.latent = config.num_attention_heads, config.kv_lora_rank
         self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         if self.value > self.nope + self.rope:
             raise ValueError(
                 f"v_head_dim={self.value} exceeds qk_nope_head_dim + qk_rope_head_dim={self.nope + self.rope}"
             )
         hidden = config.hidden_size
-        width = self.heads * (self.nope + self.rope)
+        width = heads * (self.nope + self.rope)
         if config.q_lora_rank:
             self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=False)
             self.q_a_layernorm = nn.RMSNorm(config.q_lora_rank, eps=1e-6)
@@ -74,8 +74,10 @@ class LatentAttention(nn.Module):
         self.kv_a_proj_with_mqa = nn.Linear(hidden, self.latent + self.rope, bias=False)
         # The published model leaves this norm at its default, whatever rms_norm_eps says.
         self.kv_a_layernorm = nn.RMSNorm(self.latent, eps=1e-6)
-        self.kv_b_proj = nn.Linear(self.latent, self.heads * (self.nope + self.value), bias=False)
-        self.o_proj = nn.Linear(self.heads * self.value, hidden, bias=False)
+        self.kv_b_proj = nn.Linear(self.latent, heads * (self.nope + self.value), bias=False)
+        self.o_proj = nn.Linear(heads * self.value, hidden, bias=False)
+        # Where tensor parallelism sums the gradients that the heads of several ranks give to the one rotary key.
+        self.shared_key = nn.Identity()
         self.compressed = config.q_lora_rank > 0
         self.rotary = Rotary(self.rope, config.max_position_embeddings, config.rope_theta, config.rope_scaling)
         scale = (self.nope + self.rope) ** -0.5
@@ -84,12 +86,13 @@ class LatentAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, time, _ = x.shape
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compressed else self.q_proj(x)
-        q = q.view(batch, time, self.heads, -1).transpose(1, 2)  # (b, heads, t, nope + rope)
+        # -1: tensor parallelism leaves a part of the heads.
+        q = q.view(batch, time, -1, self.nope + self.rope).transpose(1, 2)  # (b, heads, t, nope + rope)
         q_nope, q_rope = q.split((self.nope, self.rope), dim=-1)
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.latent, self.rope), dim=-1)
-        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(batch, time, self.heads, -1).transpose(1, 2)
+        kv = self.kv_b_proj(self.kv_a_layernorm(latent)).view(batch, time, -1, self.nope + self.value).transpose(1, 2)
         k_nope, v = kv.split((self.nope, self.value), dim=-1)  # (b, heads, t, nope), (b, heads, t, value)
-        k_rope = self.rotary(k_rope.unsqueeze(1)).expand(-1, self.heads, -1, -1)  # (b, heads, t, rope)
+        k_rope = self.rotary(self.shared_key(k_rope).unsqueeze(1)).expand(-1, q.shape[1], -1, -1)  # (b, heads, t, rope)
         q = torch.cat((q_nope, self.rotary(q_rope)), dim=-1)
         k = torch.cat((k_nope, k_rope), dim=-1)
         # The fused attention kernels want values as wide as the keys; zero columns do not change the rest.

@@ -5,15 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from distributed_muon import Conv, Experts, Split, muon_param_groups
+from distributed_muon.engine.collectives import all_gather_single, reduce_scatter_single
 from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from distributed_muon.integrations.fsdp2_layout import read_shards
 from distributed_muon.layout.matrices import TensorSpec, Whole
 from distributed_muon.layout.pieces import Layout
+from distributed_muon.planning.model_shapes import model_shapes
+from distributed_muon.planning.simulate import Job as PlanJob
+from distributed_muon.planning.simulate import StageReport, simulate
+from launch.models import build_model
+from launch.pretrain_fsdp2 import shard
+from perf.fsdp2_step import CountedComm
 from tests.checks import on_ranks
 from tests.integrations.fsdp2_model import (
     EVEN,
@@ -198,6 +205,44 @@ def test_plain_dtensors(rank: int, world: int) -> None:
     model, optimizer, twin = build(cut, EVEN)
     train(model, optimizer, twin, range(3), [0], 0)
     assert all_ns_calls(optimizer) == EVEN_MATRICES
+
+
+def planned_and_counted(world: int, columns: int) -> tuple[StageReport, int, int]:
+    """`plan --layout fsdp2` of a model; bytes that FSDP2 and the step send for it, on the rank that sends most."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "head_dim": 4, "vocab_size": 60}
+    sizes |= {"num_key_value_heads": 3, "intermediate_size": columns}
+    report = simulate(
+        model_shapes({"model_type": "llama", **sizes}), PlanJob(dp=world, layout="fsdp2", strategy="home")
+    )
+    model = build_model("dense", **sizes)
+    shard(model, mesh_of(world, names=["dp"]), torch.bfloat16)
+    own: list[int] = []
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(CountedComm(all_gather_single, 0, own))
+            module.set_custom_reduce_scatter(CountedComm(reduce_scatter_single, 1, own))
+    optimizer = FullyShardedMuon(muon_param_groups(model), lr=0.02, strategy="home")
+    model(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, 5, dtype=torch.int64)).backward()
+    optimizer.step()
+    most = torch.tensor([sum(own), optimizer.local_report()["bytes"].get("all_to_all", 0)])
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return report, *most.tolist()
+
+
+@on_ranks(2, timeout=170)
+def test_the_planned_bytes_are_sent(rank: int, world: int) -> None:
+    report, fsdp2, exchange = planned_and_counted(world, columns=40)
+    assert (report.adamw_bytes, report.exchange_bytes_max) == (fsdp2, exchange)
+    assert exchange > 0
+
+
+@on_ranks(3, timeout=170)
+def test_the_planned_bytes_are_sent_with_uneven_rows(rank: int, world: int) -> None:
+    """FSDP2 pads 40 rows to 42, the step sends none of it."""
+    report, fsdp2, exchange = planned_and_counted(world, columns=40)
+    assert report.exchange_bytes_max == exchange > 0
+    padding = 2 * 2 * 2 * 24  # gate and up of two layers
+    assert report.adamw_bytes + 8 * padding * 2 / 3 == fsdp2
 
 
 class Net(torch.nn.Module):

@@ -77,6 +77,15 @@ def test_layouts_and_bucket_size_matter(capsys):
     assert small > 8
 
 
+def test_rows_under_fsdp2_make_every_matrix_travel(capsys):
+    """Each rank sends its rows to the homes, and as a home the updates back: 4 bytes x (N - 1) / N of an Nth."""
+    report = plan(capsys, "--model", "llama-3-8b", "--layout", "fsdp2", "--strategy", "home", "--dp", "64")
+    assert report["exchange_bytes_max"] == pytest.approx(4 * report["muon_parameters"] / 64 * 63 / 64, rel=0.05)
+    root = 2 * 128256 * 4096 + 4096
+    assert report["adamw_bytes"] == (8 * report["parameters"] - 2 * root) * 63 / 64
+    assert report["state_bytes_max"] == report["state_bytes_ideal"]  # 64 ranks divide every dimension
+
+
 def test_tensor_parallel_ranks_share_the_homes(capsys, tiny):
     whole = plan(capsys, "--hf-config", tiny, "--dp", "4", "--strategy", "home")
     cut = plan(capsys, "--hf-config", tiny, "--dp", "2", "--tp", "2", "--strategy", "home")
@@ -172,6 +181,7 @@ def test_one_rank_has_no_traffic(capsys, tiny):
         (["--dp", "4", "--pp", "9"], "pp 9 is more than the model's 4 layers"),
         (["--dp", "0"], "dp 0 is not a number of ranks"),
         (["--dp", "4", "--layout", "flat", "--bucket-mb", "40"], "bucket_mb 40.0 contradicts layout 'flat'"),
+        (["--dp", "4", "--layout", "fsdp2", "--bucket-mb", "40"], "bucket_mb 40.0 contradicts layout 'fsdp2'"),
         (["--dp", "4", "--bucket-mb", "0"], "bucket_mb 0.0 is no size"),
     ],
 )
