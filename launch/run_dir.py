@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distributed_muon.checkpoint import DamagedCheckpoint
+from launch.run_lock import RunLock
 from launch.world import World
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, world: World, keep: int) -> None:
         self.path, self._world, self._keep = path, world, keep
+        self._lock: RunLock | None = None  # of rank 0; it ends with this object, or with the process
 
     def checkpoints(self) -> list[tuple[int, Path]]:
         """(step, directory) of the complete checkpoints, oldest first."""
@@ -38,14 +40,24 @@ class RunDirectory:
         return self.path / "checkpoints" / f"step-{step:08d}"
 
     def start(self, resume: str | None) -> Path | None:
-        """The checkpoint to start from, or None to start anew.
+        """The checkpoint to start from, or None to start anew; the directory is this job's from here on. Collective.
 
         Args:
             resume: "always", "auto" (where there is a checkpoint), or None.
 
         Raises:
-            ValueError: there is none to resume from, or the directory holds another run's.
+            ValueError: there is none to resume from, the directory holds another run's, or another job is in it.
         """
+        if resume == "always":
+            self.latest()  # before a mistyped name becomes a directory
+        problem = None
+        if self._world.main:
+            try:
+                self._lock = RunLock(self.path)
+            except ValueError as error:
+                problem = str(error)
+        if (problem := self._world.gather(problem)[0]) is not None:
+            raise ValueError(problem)
         if self.checkpoints() and resume is None:
             raise ValueError(
                 f"--run-dir {self.path} holds checkpoints of an earlier run: add --resume, or name another"
