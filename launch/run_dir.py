@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from distributed_muon.checkpoint import DamagedCheckpoint
+from distributed_muon.checkpoint import DamagedCheckpoint, Saving
 from launch.run_lock import RunLock
 from launch.world import World
 
@@ -28,6 +28,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, world: World, keep: int) -> None:
         self.path, self._world, self._keep = path, world, keep
+        self._saving: Saving | None = None
         self._lock: RunLock | None = None  # of rank 0; it ends with this object, or with the process
 
     def checkpoints(self) -> list[tuple[int, Path]]:
@@ -95,17 +96,29 @@ class RunDirectory:
                     path.rename(path.with_name(f"{path.name}.damaged"))
                 self._world.barrier()
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Callable[[Path], Saving | None]) -> None:
         """Write the checkpoint of `step` unless it is there, and delete old ones; collective.
 
         Args:
             step: steps done.
-            write: writes a checkpoint that appears under the given path only when complete; collective.
+            write: writes a checkpoint that appears under the given path only when complete, at once or by the end of
+                the save that it returns; collective.
         """
         path = self.checkpoint(step)
         if not path.exists():
-            write(path)
+            self._saving = write(path)
         self._prune()
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete; collective.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._saving is not None:
+            self._saving.wait()
+            self._prune()
+        self._saving = None
 
     def complete(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
         """Make `write`, which leaves half a folder when it is killed, one whose folder appears only when complete."""
