@@ -87,7 +87,7 @@ class DeepSpeedTrainer(Trainer):
         self.title = f"DeepSpeed ZeRO {self.engine.zero_optimization_stage()}"
         if self.begin is not None:
             with self.resuming(self.optimizer):
-                self.go_on(self._load(self.begin))
+                self.go_on(self.run.load(self.run.verified(self._load)))
 
     def _load(self, path: Path) -> dict[str, Any]:
         from deepspeed.runtime.zero.utils import ZeRORuntimeException

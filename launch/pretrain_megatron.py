@@ -109,7 +109,7 @@ class MegatronTrainer(Trainer):
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         if self.begin is not None:
             with self.resuming(self.optimizer):
-                self.go_on(self._load(self.begin))
+                self.go_on(self.run.load(self.run.verified(self._load)))
 
     @property
     def parameters(self) -> int:

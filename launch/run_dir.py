@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from distributed_muon.checkpoint import DamagedCheckpoint, Saving
+from launch.manifest import check_manifest, write_manifest
 from launch.run_lock import RunLock
 from launch.world import World
 
@@ -121,7 +122,10 @@ class RunDirectory:
         self._saving = None
 
     def complete(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
-        """Make `write`, which leaves half a folder when it is killed, one whose folder appears only when complete."""
+        """Make `write`, which leaves half a folder when it is killed, one whose folder appears only when complete.
+
+        It has a list of its files then, by which `verified` finds damage.
+        """
 
         def write_complete(path: Path) -> None:
             unfinished = path.with_name(path.name + ".unfinished")
@@ -130,11 +134,21 @@ class RunDirectory:
             self._world.barrier()
             write(unfinished)
             self._world.barrier()
+            write_manifest(unfinished, self._world)
             if self._world.main:
                 unfinished.rename(path)
             self._world.barrier()
 
         return write_complete
+
+    def verified(self, read: Callable[[Path], T]) -> Callable[[Path], T]:
+        """Make `read` raise a DamagedCheckpoint, before it reads, where a file is not what `complete` saw written."""
+
+        def read_verified(path: Path) -> T:
+            check_manifest(path, self._world)
+            return read(path)
+
+        return read_verified
 
     def _prune(self) -> None:
         """Delete all but the newest checkpoints; collective."""
