@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -77,6 +78,14 @@ def trained(
 
             with suppress(Exception):
                 parallel_state.destroy_model_parallel()
+
+
+def printed(rank: int, world: int, trainer: str, words: list[Any]) -> list[str]:
+    """What one run prints on this rank, as lines; it has to come to its end."""
+    with redirect_stdout(io.StringIO()) as out:
+        ended = trained(rank, world, trainer, words)
+    assert isinstance(ended, dict), ended
+    return out.getvalue().splitlines()
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 
 from launch.run_dir import RunDirectory
 from launch.world import World
-from tests.faults.jobs import TINY, losses, trained
+from tests.faults.jobs import TINY, losses, printed, trained
 from tests.integrations import megatron_cpu
 from tests.spawn import run_ranks
 from tests.torchrun import ROOT, alive, job, ranks_of
@@ -103,9 +103,7 @@ def test_a_full_disk_ends_the_job_with_one_line_and_the_last_checkpoint_is_whole
     assert losses(tmp_path) == losses(whole)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
-    straight: dict[int, float], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(straight: dict[int, float], tmp_path: Path) -> None:
     words = [*SIX, "--run-dir", tmp_path]
     run_ranks(trained, 2, "pretrain", words, timeout=LIMIT)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
@@ -113,17 +111,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
     file.write_bytes(data)
-    capfd.readouterr()
-    run_ranks(trained, 2, "pretrain", [*words, "--resume"], timeout=LIMIT)
-    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("warning"))
+    lines = run_ranks(printed, 2, "pretrain", [*words, "--resume"], timeout=LIMIT)[0]
+    (line,) = (line for line in lines if line.startswith("warning"))
     assert "step-00000004 is damaged: rank-00001.safetensors has another checksum" in line
     assert "it is step-00000004.damaged now, an older one is tried" in line
     assert losses(tmp_path) == straight
 
 
-def test_garbage_in_metrics_is_dropped_with_a_note(
-    straight: dict[int, float], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_garbage_in_metrics_is_dropped_with_a_note(straight: dict[int, float], tmp_path: Path) -> None:
     words = [*SIX, "--run-dir", tmp_path]
     run_ranks(trained, 2, "pretrain", words, timeout=LIMIT)
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
@@ -132,9 +127,8 @@ def test_garbage_in_metrics_is_dropped_with_a_note(
     file.write_bytes(
         b"".join([first, b"\xff\x00\xfe\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "x"}\n', *others, b'{"st'])
     )
-    capfd.readouterr()
-    run_ranks(trained, 2, "pretrain", [*words, "--resume"], timeout=LIMIT)
-    assert f"note: 5 lines of {file} are no metrics and were dropped" in capfd.readouterr().out.splitlines()
+    lines = run_ranks(printed, 2, "pretrain", [*words, "--resume"], timeout=LIMIT)[0]
+    assert f"note: 5 lines of {file} are no metrics and were dropped" in lines
     assert losses(tmp_path) == straight
 
 
@@ -155,7 +149,7 @@ def test_garbage_in_metrics_is_dropped_with_a_note(
     ],
 )
 def test_a_damaged_checkpoint_of_another_framework_is_named_and_the_one_before_goes_on(
-    trainer: str, damaged: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    trainer: str, damaged: str, tmp_path: Path
 ) -> None:
     words = [*SIX, "--run-dir", tmp_path]
     run_ranks(trained, 2, trainer, words, timeout=LIMIT)
@@ -163,8 +157,7 @@ def test_a_damaged_checkpoint_of_another_framework_is_named_and_the_one_before_g
     shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
     file = sorted((tmp_path / "checkpoints" / "step-00000004").glob(damaged))[-1]
     os.truncate(file, 100)
-    capfd.readouterr()
-    run_ranks(trained, 2, trainer, [*words, "--resume"], timeout=LIMIT)
-    (line,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith("warning"))
+    lines = run_ranks(printed, 2, trainer, [*words, "--resume"], timeout=LIMIT)[0]
+    (line,) = (line for line in lines if line.startswith("warning"))
     assert f"step-00000004 is damaged: {file.name} has 100 of " in line
     assert losses(tmp_path) == whole

@@ -121,7 +121,7 @@ def long_run(rank: int, world: int) -> tuple[list[tuple[int, int, float, int, in
             if rank == 0:
                 ours = [*model.muon, *model.adamw]
                 pairs = zip(ours, reference.params, strict=True)
-                distance = max(distance, *(float((a - b).abs().max()) for a, b in pairs))
+                distance = max(distance, *(float((a - b).detach().abs().max()) for a, b in pairs))
             save = checkpoint.save(
                 Path(folder[0], str(number + 1)), model, optimizer, {"step": cuts[number + 1]}, wait=False
             )
@@ -147,4 +147,6 @@ def test_two_thousand_steps_and_five_resumes_equal_the_reference_and_leave_nothi
             same = [line for line in seen if line[1] == ranks]
             assert {line[3] for line in same[1:]} == {same[1][3]}, "open files"
             assert {line[4] for line in same[1:]} == {same[1][4]}, "threads"
-        assert seen[-1][2] - seen[2][2] < 10, "memory grows"
+        # From the first step after all sizes had their turn; every new one fetches some memory that is kept.
+        settled = next(line for line in seen if line[0] > STEPS // 2)
+        assert seen[-1][2] - settled[2] < 4, f"memory grows from {settled[2]} to {seen[-1][2]} MiB"
