@@ -43,7 +43,7 @@ def slow_saves(rank: int, world: int, trainer: str, folder: str) -> tuple[list[b
     return there, first, second, [losses(whole)[n] - losses(again)[n] for n in range(1, 7)]
 
 
-@pytest.mark.parametrize("trainer", ["pretrain", "pretrain_fsdp2"])
+@pytest.mark.parametrize("trainer", ["pretrain", pytest.param("pretrain_fsdp2", marks=pytest.mark.slow)])
 def test_training_goes_on_under_a_save_and_a_resume_from_it_is_bit_equal(trainer: str, tmp_path: Path) -> None:
     for there, first, second, differences in run_ranks(slow_saves, 2, trainer, str(tmp_path), timeout=120):
         assert there[3:5] == [False, False], "steps 4 and 5 waited for the save of step 3"

@@ -33,18 +33,29 @@ def steps_of(run: Path) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without a fault."""
     run = tmp_path_factory.mktemp("straight")
     run_ranks(trained, 2, "pretrain", [*SIX, "--run-dir", run], timeout=LIMIT)
-    return losses(run)
+    return run
+
+
+def without_its_last_checkpoint(run: Path, target: Path) -> Path:
+    shutil.copytree(run, target)
+    shutil.rmtree(target / "checkpoints" / "step-00000006")
+    return target
 
 
 @pytest.mark.parametrize(
     ("place", "step", "whole"),
-    [pytest.param("backward", 4, [2], marks=pytest.mark.slow), ("exchange", 5, [2, 4]), ("save", 4, [2])],
+    [
+        pytest.param("backward", 4, [2], marks=pytest.mark.slow),
+        pytest.param("exchange", 5, [2, 4], marks=pytest.mark.slow),
+        ("save", 4, [2]),
+    ],
 )
 def test_a_rank_killed_anywhere_ends_the_job_and_a_resume_is_bit_equal(
-    place: str, step: int, whole: list[int], straight: dict[int, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: str, step: int, whole: list[int], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAULT", f"kill {place} {step}")
     begin = time.monotonic()
@@ -57,12 +68,13 @@ def test_a_rank_killed_anywhere_ends_the_job_and_a_resume_is_bit_equal(
     assert re.search(r"exitcode *: -9|Signal 9 \(SIGKILL\)|peer", err)
     assert steps_of(tmp_path) == whole
     run_ranks(trained, 2, "pretrain", [*SIX, "--resume", "--run-dir", tmp_path], timeout=LIMIT)
-    assert losses(tmp_path) == straight
+    assert losses(tmp_path) == losses(straight)
     assert steps_of(tmp_path)[-1] == 6
     assert not list((tmp_path / "checkpoints").glob("*.unfinished"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_during_a_long_save_loses_nothing(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,6 +98,7 @@ def test_a_signal_during_a_long_save_loses_nothing(
     assert f"stopped after step {steps_of(tmp_path)[-1]}; continue with --resume" in out
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_job_with_one_line_and_the_last_checkpoint_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,33 +116,29 @@ def test_a_full_disk_ends_the_job_with_one_line_and_the_last_checkpoint_is_whole
     assert losses(tmp_path) == losses(whole)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(straight: dict[int, float], tmp_path: Path) -> None:
-    words = [*SIX, "--run-dir", tmp_path]
-    run_ranks(trained, 2, "pretrain", words, timeout=LIMIT)
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
-    file = tmp_path / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(straight: Path, tmp_path: Path) -> None:
+    run = without_its_last_checkpoint(straight, tmp_path / "run")
+    file = run / "checkpoints" / "step-00000004" / "rank-00001.safetensors"
     data = bytearray(file.read_bytes())
     data[-9] ^= 1
     file.write_bytes(data)
-    lines = run_ranks(printed, 2, "pretrain", [*words, "--resume"], timeout=LIMIT)[0]
+    lines = run_ranks(printed, 2, "pretrain", [*SIX, "--run-dir", run, "--resume"], timeout=LIMIT)[0]
     (line,) = (line for line in lines if line.startswith("warning"))
     assert "step-00000004 is damaged: rank-00001.safetensors has another checksum" in line
     assert "it is step-00000004.damaged now, an older one is tried" in line
-    assert losses(tmp_path) == straight
+    assert losses(run) == losses(straight)
 
 
-def test_garbage_in_metrics_is_dropped_with_a_note(straight: dict[int, float], tmp_path: Path) -> None:
-    words = [*SIX, "--run-dir", tmp_path]
-    run_ranks(trained, 2, "pretrain", words, timeout=LIMIT)
-    shutil.rmtree(tmp_path / "checkpoints" / "step-00000006")
-    file = tmp_path / "metrics.jsonl"
+def test_garbage_in_metrics_is_dropped_with_a_note(straight: Path, tmp_path: Path) -> None:
+    run = without_its_last_checkpoint(straight, tmp_path / "run")
+    file = run / "metrics.jsonl"
     first, *others = file.read_bytes().splitlines(keepends=True)
     file.write_bytes(
         b"".join([first, b"\xff\x00\xfe\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": "x"}\n', *others, b'{"st'])
     )
-    lines = run_ranks(printed, 2, "pretrain", [*words, "--resume"], timeout=LIMIT)[0]
+    lines = run_ranks(printed, 2, "pretrain", [*SIX, "--run-dir", run, "--resume"], timeout=LIMIT)[0]
     assert f"note: 5 lines of {file} are no metrics and were dropped" in lines
-    assert losses(tmp_path) == straight
+    assert losses(run) == losses(straight)
 
 
 @pytest.mark.parametrize(
