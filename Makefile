@@ -10,7 +10,7 @@ RANKS ?= 2
 # Extra flags for the trainer: make train ARGS="--optimizer adamw"
 ARGS ?=
 
-.PHONY: setup setup-integrations train test test-slow test-gpu bench-gpu fuzz lint
+.PHONY: setup setup-integrations train test test-slow test-long test-gpu bench-gpu fuzz lint
 
 setup: $(VENV)/.installed
 
@@ -45,6 +45,10 @@ test: lint setup-integrations
 # The long ones, which `make test` leaves out.
 test-slow: setup-integrations
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+
+# 2,000 steps with skips and resumes: equal to torch's optimizers, with memory, files and threads flat.
+test-long: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow -s tests/faults/test_long_run.py
 
 # Generated plans and runs, for two hours: make fuzz FUZZ="--minutes 600 --seed 7"
 FUZZ ?= --minutes 120

@@ -102,6 +102,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--checkpoint-interval", type=int, default=80, help="steps between checkpoints")
     run.add_argument("--keep-checkpoints", type=int, default=2, help="newest checkpoints to keep")
     run.add_argument(
+        "--background-saves",
+        action="store_true",
+        help="go on training while a checkpoint is written (plain, FSDP2); takes host memory for a copy of the state",
+    )
+    run.add_argument(
         "--save-hf", type=Path, metavar="FOLDER", help="where to write the trained model as a Hugging Face checkpoint"
     )
     run.add_argument(
@@ -123,6 +128,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         default=900.0,
         metavar="SECONDS",
         help="end the job where a step, validation or save takes longer, and name the rank it waits for; 0: never",
+    )
+    run.add_argument(
+        "--nonfinite",
+        choices=("raise", "skip"),
+        default="raise",
+        help="what an inf or nan in a gradient does: end the job, or let the step be skipped and counted",
     )
     run.add_argument("--validation-interval", type=int, default=40, help="steps between validations")
     run.add_argument("--validation-samples", type=int, default=128, help="held-out samples per validation")

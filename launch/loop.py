@@ -124,6 +124,8 @@ def _run(
         watchdog.progress(f"the validation after step {trainer.done}")
         loss = trainer.validate()
         report.validation(trainer.done, loss)
+    watchdog.progress(f"the end of the checkpoint of step {trainer.done}")
+    trainer.wait_for_save()
     if trainer.done == args.steps and args.save_hf is not None:
         trainer.export(args.save_hf)
         report.note(f"the model is in {args.save_hf}, in Hugging Face's format")

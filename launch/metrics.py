@@ -16,7 +16,10 @@ class MetricsWriter:
     """
 
     def __init__(self, path: Path, done: int) -> None:
-        kept = [line for line in read_metrics(path) if line["step"] <= done] if done else []
+        found, strange = _read(path) if done else ([], 0)
+        kept = [line for line in found if line["step"] <= done]
+        if strange:
+            print(f"note: {strange} lines of {path} are no metrics and were dropped", flush=True)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("w", encoding="utf-8")
         for line in kept:
@@ -32,14 +35,22 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl; empty where there is none. A line cut off by a kill is dropped."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    """The lines of a metrics.jsonl; empty where there is none. What is no metrics, such as half a line, is left out."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[list[dict], int]:
+    """The lines with metrics, and the number of others."""
+    lines, strange = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+            line = json.loads(text)
+            if not isinstance(line["step"], int):
+                raise TypeError
+            lines.append(line)
+        except (ValueError, TypeError, KeyError):
+            strange += 1
+    return lines, strange
 
 
 def plot_losses(runs: Mapping[str, Path], target: Path, baseline: float | None = None) -> None:

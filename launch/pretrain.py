@@ -60,6 +60,7 @@ def make_optimizer(args: argparse.Namespace, model: CausalLM) -> DistributedMuon
         **arguments.muon_options(args),
         layout=args.layout,
         bucket_mb=args.bucket_mb,
+        nonfinite=args.nonfinite,
     )
     if args.overlap_param_gather:
         optimizer.overlap_param_gather(model)
@@ -77,13 +78,8 @@ class PlainTrainer(Trainer):
         self.optimizer = make_optimizer(args, self.model)
         self._seconds: Counter[str] = Counter()
         if self.begin is not None:
-            extra = self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer))
-            self.done = extra["step"]
-            if world.main and extra["samples_per_step"] != self.samples_per_step:
-                print(
-                    f"note: {self.samples_per_step} samples per step, before {extra['samples_per_step']}: "
-                    "choose --accumulation and --batch-size to keep the number"
-                )
+            with self.resuming(self.optimizer):
+                self.go_on(self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer)))
         self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
 
     def forward_backward(self) -> tuple[float, float]:
@@ -97,18 +93,17 @@ class PlainTrainer(Trainer):
         return sum(torch.stack(losses).tolist()), count  # the host waits once, not for every microbatch
 
     def update(self) -> dict[str, float]:
-        """Clip, step, and balance the experts.
-
-        Raises:
-            FloatingPointError: a gradient is not finite; no parameter has been changed.
-        """
+        """Clip, step, and balance the experts."""
         metrics = {"lr": self.schedule.get_last_lr()[0]}
         metrics["grad_norm"] = float(self.optimizer.clip_grad_norm_(self.args.clip))
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._seconds.update(self.optimizer.local_report()["seconds"])
+        report = self.optimizer.local_report()
+        self._seconds.update(report["seconds"])
         self.schedule.step()
-        balance = update_expert_bias(self.model, self.args.expert_bias_rate)
+        metrics |= {"skipped": 1} if report["skipped"] else {}
+        # A skipped step has counted its experts' loads for nothing.
+        balance = update_expert_bias(self.model, 0.0 if report["skipped"] else self.args.expert_bias_rate)
         if balance is not None:
             metrics["expert_load_max_over_mean"] = balance
         if self.world.size > 1:
@@ -122,8 +117,7 @@ class PlainTrainer(Trainer):
 
     def save(self) -> None:
         """Checkpoint now, unless it is there; collective."""
-        extra = {"step": self.done, "samples_per_step": self.samples_per_step}
-        self.run.save(self.done, lambda path: checkpoint.save(path, self.model, self.optimizer, extra))
+        self._save_portable(self.optimizer)
 
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face checkpoint; collective."""
@@ -136,7 +130,7 @@ class PlainTrainer(Trainer):
 
     def results(self) -> dict[str, Any]:
         """The chosen optimizer."""
-        return {"optimizer": self.args.optimizer}
+        return {"optimizer": self.args.optimizer, "skipped_steps": self.skipped}
 
 
 def exposed_seconds(optimizer: DistributedMuon) -> float:

@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distributed_muon.integrations.deepspeed import CONFIG_BLOCK, optimizer_from_config
 from launch import arguments
@@ -66,6 +68,8 @@ class DeepSpeedTrainer(Trainer):
     def __init__(self, args: argparse.Namespace, world: World) -> None:
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
+        if args.background_saves:
+            raise ValueError("--background-saves: DeepSpeed writes its own files; the plain and FSDP2 trainers can")
         import deepspeed
 
         super().__init__(args, world)
@@ -82,14 +86,19 @@ class DeepSpeedTrainer(Trainer):
             buffer.data = buffers[name]  # DeepSpeed casts rotary tables and router biases, too
         self.title = f"DeepSpeed ZeRO {self.engine.zero_optimization_stage()}"
         if self.begin is not None:
-            try:
-                _, client = self.engine.load_checkpoint(str(self.begin.parent), self.begin.name)
-            except deepspeed.runtime.zero.utils.ZeRORuntimeException as error:
-                raise ValueError(
-                    f"--resume: {error} Convert the checkpoint with python -m deepspeed.checkpoint.ds_to_universal "
-                    '--inject_missing_state, and load it with "checkpoint": {"load_universal": true} in the config'
-                ) from error
-            self.done = client["step"]
+            with self.resuming(self.optimizer):
+                self.go_on(self.run.load(self.run.verified(self._load)))
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+        try:
+            return self.engine.load_checkpoint(str(path.parent), path.name)[1]
+        except ZeRORuntimeException as error:
+            raise ValueError(
+                f"--resume: {error} Convert the checkpoint with python -m deepspeed.checkpoint.ds_to_universal "
+                '--inject_missing_state, and load it with "checkpoint": {"load_universal": true} in the config'
+            ) from error
 
     def forward_backward(self) -> tuple[float, float]:
         """DeepSpeed counts microbatches in `step`, and reduces where its config says."""
@@ -104,12 +113,39 @@ class DeepSpeedTrainer(Trainer):
         return sum(torch.stack(losses).tolist()), self.args.accumulation
 
     def update(self) -> dict[str, float]:
-        """The step after the last microbatch, and the balance of the experts."""
+        """The step after the last microbatch, which DeepSpeed skips by itself, and the balance of the experts."""
         metrics = {"lr": self.engine.get_lr()[0]}
+        before = self.engine.skipped_steps
         self.engine.step()
+        skipped = self.engine.skipped_steps > before
+        if skipped and self.args.nonfinite == "raise":
+            names = self._nonfinite() or ["of another rank's sum"]
+            raise FloatingPointError(
+                f"gradient of parameter {names[0]!r} has inf or nan ({len(names)} parameters in all)"
+            )
         metrics["grad_norm"] = float(self.engine.get_global_grad_norm())
-        balance = update_expert_bias(self.model, self.args.expert_bias_rate)
+        metrics |= {"skipped": 1} if skipped else {}
+        # A skipped step has counted its experts' loads for nothing.
+        balance = update_expert_bias(self.model, 0.0 if skipped else self.args.expert_bias_rate)
         return metrics if balance is None else metrics | {"expert_load_max_over_mean": balance}
+
+    def _nonfinite(self) -> list[str]:
+        """Names of the parameters whose gradient of this step has an inf or nan on some rank; collective.
+
+        DeepSpeed has dropped the gradients: the same backward runs once more, and is looked at.
+        """
+        bad: set[str] = set()
+
+        def look(name: str, grad: Tensor) -> None:
+            if not grad.isfinite().all():
+                bad.add(name)
+
+        names = [name for name, _ in self.model.named_parameters()]
+        for name, param in self.model.named_parameters():
+            param.register_hook(partial(look, name))
+        self.forward_backward()
+        found = set().union(*self.world.gather(bad))
+        return [name for name in names if name in found]
 
     def optimizer_seconds(self) -> dict[str, float]:
         """Of the inner optimizer; DeepSpeed's own collectives are not among them."""
@@ -119,9 +155,7 @@ class DeepSpeedTrainer(Trainer):
         """DeepSpeed's checkpoint now, unless it is there; collective."""
 
         def write(path: Path) -> None:
-            self.engine.save_checkpoint(
-                str(path.parent), path.name, client_state={"step": self.done}, save_latest=False
-            )
+            self.engine.save_checkpoint(str(path.parent), path.name, client_state=self.progress(), save_latest=False)
 
         self.run.save(self.done, self.run.complete(write))
         if self.world.main:  # what DeepSpeed's converters read
@@ -133,7 +167,7 @@ class DeepSpeedTrainer(Trainer):
 
     def results(self) -> dict[str, Any]:
         """What DeepSpeed did."""
-        return {"skipped_steps": self.engine.skipped_steps, "zero_stage": self.engine.zero_optimization_stage()}
+        return {"skipped_steps": self.skipped, "zero_stage": self.engine.zero_optimization_stage()}
 
 
 def main() -> None:

@@ -77,12 +77,12 @@ class FullyShardedTrainer(Trainer):
         shard(self.model, mesh[tuple(axis for axis in axes if axis != "tp")], arguments.DTYPES[args.dtype])
         self.title = f"FSDP2 {' x '.join(f'{axis} {sizes[axis]}' for axis in axes)}"
         groups = muon_param_groups(self.model, vector_weight_decay=0.0)
-        options = {"weight_decay": args.weight_decay, **arguments.muon_options(args)}
+        options = {"weight_decay": args.weight_decay, **arguments.muon_options(args), "nonfinite": args.nonfinite}
         self.optimizer = FullyShardedMuon(groups, lr=args.lr, **options)
         self._seconds: Counter[str] = Counter()
         if self.begin is not None:
-            read = self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer))
-            self.done = read["step"]
+            with self.resuming(self.optimizer):
+                self.go_on(self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer)))
         self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
 
     def _whole_model(self, device: torch.device) -> CausalLM:
@@ -100,18 +100,17 @@ class FullyShardedTrainer(Trainer):
         return sum(torch.stack(losses).tolist()), count  # the host waits once, not for every microbatch
 
     def update(self) -> dict[str, float]:
-        """Clip, step, and balance the experts.
-
-        Raises:
-            FloatingPointError: a gradient is not finite; no parameter has been changed.
-        """
+        """Clip, step, and balance the experts."""
         metrics = {"lr": self.schedule.get_last_lr()[0]}
         metrics["grad_norm"] = self.optimizer.clip_grad_norm_(self.args.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self._seconds.update(self.optimizer.local_report()["seconds"])
+        report = self.optimizer.local_report()
+        self._seconds.update(report["seconds"])
         self.schedule.step()
-        balance = update_expert_bias(self.model, self.args.expert_bias_rate)
+        metrics |= {"skipped": 1} if report["skipped"] else {}
+        # A skipped step has counted its experts' loads for nothing.
+        balance = update_expert_bias(self.model, 0.0 if report["skipped"] else self.args.expert_bias_rate)
         return metrics if balance is None else metrics | {"expert_load_max_over_mean": balance}
 
     def optimizer_seconds(self) -> dict[str, float]:
@@ -129,8 +128,7 @@ class FullyShardedTrainer(Trainer):
 
     def save(self) -> None:
         """Checkpoint now, unless it is there; it loads on any mesh, and in the plain trainer. Collective."""
-        extra = {"step": self.done, "samples_per_step": self.samples_per_step}
-        self.run.save(self.done, lambda path: checkpoint.save(path, self.model, self.optimizer, extra))
+        self._save_portable(self.optimizer)
 
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face checkpoint; collective."""
@@ -148,7 +146,8 @@ class FullyShardedTrainer(Trainer):
 
     def results(self) -> dict[str, Any]:
         """How the ranks are arranged."""
-        return {"parallelism": {"tp": self.args.tp, "replicate": self.args.replicate, "dp": self.data_size}}
+        sizes = {"tp": self.args.tp, "replicate": self.args.replicate, "dp": self.data_size}
+        return {"parallelism": sizes, "skipped_steps": self.skipped}
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ on stdout is a JSON object with the results.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,7 +108,8 @@ class MegatronTrainer(Trainer):
             no_sync = [chunk.no_sync for chunk in self.chunks]
             self.config.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
         if self.begin is not None:
-            self._load(self.begin)
+            with self.resuming(self.optimizer):
+                self.go_on(self.run.load(self.run.verified(self._load)))
 
     @property
     def parameters(self) -> int:
@@ -149,22 +151,17 @@ class MegatronTrainer(Trainer):
         return self._run(self.microbatches, self.args.accumulation, forward_only=False)
 
     def update(self) -> dict[str, float]:
-        """The optimizer step at the schedule's learning rate.
-
-        Raises:
-            FloatingPointError: a gradient is not finite; no parameter has been changed.
-        """
+        """The optimizer step at the schedule's learning rate."""
         args = self.args
         lr = args.lr * warmup_cosine(self.done, args.steps, args.warmup, args.final_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         success, norm, _ = self.optimizer.step()
         if not success:
+            if args.nonfinite == "skip":
+                return {"lr": lr, "grad_norm": math.nan, "skipped": 1}
             bad = self.optimizer.chained_optimizers[0].nonfinite()
-            raise FloatingPointError(
-                f"step {self.done + 1}: gradient of parameter {bad[0]!r} has inf or nan ({len(bad)} parameters in "
-                "all): the step was not taken; resume from the last checkpoint with another --lr or --data"
-            )
+            raise FloatingPointError(f"gradient of parameter {bad[0]!r} has inf or nan ({len(bad)} parameters in all)")
         return {"lr": lr, "grad_norm": norm}
 
     def optimizer_seconds(self) -> dict[str, float]:
@@ -199,7 +196,7 @@ class MegatronTrainer(Trainer):
         model = self._model_state()
         given = model if len(model) > 1 else {"model": model["model0"]}
         optimizer = self.optimizer.sharded_state_dict(given, is_loading=is_loading)
-        return {**model, "optimizer": optimizer, "step": self.done}
+        return {**model, "optimizer": optimizer, **self.progress()}
 
     def save(self) -> None:
         """Checkpoint now, unless it is there; collective."""
@@ -215,12 +212,12 @@ class MegatronTrainer(Trainer):
 
         self.run.save(self.done, self.run.complete(write))
 
-    def _load(self, path: Path) -> None:
+    def _load(self, path: Path) -> dict[str, Any]:
         state = dist_checkpointing.load(self._state(is_loading=True), str(path))
         for index, chunk in enumerate(self.chunks):
             chunk.module.load_state_dict(state[f"model{index}"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.done = state["step"]
+        return state
 
     # ---- records ---------------------------------------------------------------------------------------
 
@@ -231,7 +228,10 @@ class MegatronTrainer(Trainer):
     def results(self) -> dict[str, Any]:
         """The parallelism."""
         args = self.args
-        return {"parallelism": {"tp": args.tp, "pp": args.pp, "ep": args.ep, "dp": self.data_size}}
+        return {
+            "skipped_steps": self.skipped,
+            "parallelism": {"tp": args.tp, "pp": args.pp, "ep": args.ep, "dp": self.data_size},
+        }
 
 
 def _check_arguments(args: argparse.Namespace, world: World) -> None:
@@ -265,6 +265,8 @@ def _check_arguments(args: argparse.Namespace, world: World) -> None:
         raise ValueError(
             f"--aligned: megatron-core {megatron.core.__version__} cannot lay buffers out: use 0.19 or later"
         )
+    if args.background_saves:
+        raise ValueError("--background-saves: Megatron writes its own files; the plain and FSDP2 trainers can")
     if args.save_hf is not None:
         raise ValueError("--save-hf: Megatron's modules are not written so; the plain and DeepSpeed trainers can")
     if args.init_from is not None and args.init != "plain":

@@ -12,6 +12,7 @@ from launch.environment import describe_run
 from launch.metrics import MetricsWriter
 from launch.phases import Spread
 from launch.progress import open_progress
+from launch.resumption import as_settings
 from launch.run_dir import METRICS, PLAN, SETTINGS, VERSIONS
 from launch.trackers import open_trackers
 from launch.world import World
@@ -33,8 +34,7 @@ class Reporter:
         self._writers: list[Any] = []
         versions = describe_run(world, hosts)
         if world.main:
-            # Paths and the like become text.
-            settings = json.loads(json.dumps({**vars(args), "world_size": world.size}, default=str))
+            settings = as_settings(args, world.size)
             self._writers.append(MetricsWriter(self._directory / METRICS, done))
             for name, content in ((SETTINGS, settings), (VERSIONS, versions)):
                 (self._directory / name).write_text(json.dumps(content, indent=2) + "\n")
@@ -45,6 +45,9 @@ class Reporter:
         """A step is done."""
         self._progress.update(metrics)
         self._write(metrics)
+        if metrics.get("skipped"):
+            count = metrics["skipped_steps"]
+            self.note(f"step {metrics['step']} was skipped: a gradient has inf or nan; {count} skipped so far")
 
     def validation(self, step: int, loss: float) -> None:
         """A validation is done."""

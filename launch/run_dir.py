@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from distributed_muon.checkpoint import DamagedCheckpoint
+from distributed_muon.checkpoint import DamagedCheckpoint, Saving
+from launch.manifest import check_manifest, write_manifest
 from launch.run_lock import RunLock
 from launch.world import World
 
@@ -28,6 +29,7 @@ class RunDirectory:
 
     def __init__(self, path: Path, world: World, keep: int) -> None:
         self.path, self._world, self._keep = path, world, keep
+        self._saving: Saving | None = None
         self._lock: RunLock | None = None  # of rank 0; it ends with this object, or with the process
 
     def checkpoints(self) -> list[tuple[int, Path]]:
@@ -95,20 +97,35 @@ class RunDirectory:
                     path.rename(path.with_name(f"{path.name}.damaged"))
                 self._world.barrier()
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
+    def save(self, step: int, write: Callable[[Path], Saving | None]) -> None:
         """Write the checkpoint of `step` unless it is there, and delete old ones; collective.
 
         Args:
             step: steps done.
-            write: writes a checkpoint that appears under the given path only when complete; collective.
+            write: writes a checkpoint that appears under the given path only when complete, at once or by the end of
+                the save that it returns; collective.
         """
         path = self.checkpoint(step)
         if not path.exists():
-            write(path)
+            self._saving = write(path)
         self._prune()
 
+    def wait(self) -> None:
+        """Wait until the last checkpoint is complete; collective.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._saving is not None:
+            self._saving.wait()
+            self._prune()
+        self._saving = None
+
     def complete(self, write: Callable[[Path], None]) -> Callable[[Path], None]:
-        """Make `write`, which leaves half a folder when it is killed, one whose folder appears only when complete."""
+        """Make `write`, which leaves half a folder when it is killed, one whose folder appears only when complete.
+
+        It has a list of its files then, by which `verified` finds damage.
+        """
 
         def write_complete(path: Path) -> None:
             unfinished = path.with_name(path.name + ".unfinished")
@@ -117,11 +134,21 @@ class RunDirectory:
             self._world.barrier()
             write(unfinished)
             self._world.barrier()
+            write_manifest(unfinished, self._world)
             if self._world.main:
                 unfinished.rename(path)
             self._world.barrier()
 
         return write_complete
+
+    def verified(self, read: Callable[[Path], T]) -> Callable[[Path], T]:
+        """Make `read` raise a DamagedCheckpoint, before it reads, where a file is not what `complete` saw written."""
+
+        def read_verified(path: Path) -> T:
+            check_manifest(path, self._world)
+            return read(path)
+
+        return read_verified
 
     def _prune(self) -> None:
         """Delete all but the newest checkpoints; collective."""

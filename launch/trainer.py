@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from launch import arguments
+from distributed_muon import checkpoint
+from launch import arguments, resumption
 from launch.models import huggingface
 from launch.phases import Phases
-from launch.run_dir import RunDirectory
+from launch.run_dir import SETTINGS, RunDirectory
 from launch.sameness import check_same
 from launch.validation import validation_loss
 from launch.world import StopRequest, World
@@ -31,7 +33,7 @@ class Trainer(ABC):
 
     Attributes:
         begin: the checkpoint to start from, or None. data: what it trains on.
-        done: optimizer steps taken, those of the run it resumes included.
+        done: optimizer steps taken or skipped, those of the run it resumes included. skipped: those skipped of them.
         data_rank, data_size: this rank among those with samples of their own, and their number.
         parameters: of the model, each counted once.
         kind: one word for the label of its curves. title: what the first line says of it.
@@ -53,7 +55,7 @@ class Trainer(ABC):
         self.data = arguments.make_data(args)
         check_same(world, args, self.data)
         self.data_rank, self.data_size = world.rank, world.size
-        self.done = 0
+        self.done = self.skipped = 0
         self.phases = Phases()
 
     @property
@@ -79,7 +81,10 @@ class Trainer(ABC):
 
         Returns:
             The step's metrics, the same on every rank but for seconds: "loss", "lr" and "optimizer_seconds", others
-            as they are known. Then whether some rank was asked to stop.
+            as they are known; "skipped_steps" so far with --nonfinite skip. Then whether some rank was asked to stop.
+
+        Raises:
+            SystemExit: a gradient has an inf or nan (with --nonfinite raise); nothing has been changed.
         """
         with self.phases("forward_backward"):
             local = self.forward_backward()
@@ -88,9 +93,19 @@ class Trainer(ABC):
             loss, count, stopping = self.world.sum(*local, stop.requested)
         before = self.phases.seconds["optimizer"]
         with self.phases("optimizer"):
-            metrics = self.update()
+            try:
+                metrics = self.update()
+            except FloatingPointError as error:
+                found = str(error).partition(": ")[0]
+                raise SystemExit(
+                    f"error: step {self.done + 1}: {found}: the step was not taken; resume from the last checkpoint "
+                    "with another --lr or --data, or skip such steps with --nonfinite skip"
+                ) from None
             self.world.synchronize()
         self.done += 1
+        if self.args.nonfinite == "skip":
+            self.skipped += bool(metrics.get("skipped"))
+            metrics["skipped_steps"] = self.skipped
         seconds = self.phases.seconds["optimizer"] - before
         return {"loss": loss / count, **metrics, "optimizer_seconds": seconds}, stopping > 0
 
@@ -100,7 +115,14 @@ class Trainer(ABC):
 
     @abstractmethod
     def update(self) -> dict[str, float]:
-        """The optimizer step on these gradients; its metrics, "lr" among them. Collective."""
+        """The optimizer step on these gradients; collective.
+
+        Returns:
+            Its metrics: "lr", and "skipped" where it was not taken because a gradient has an inf or nan.
+
+        Raises:
+            FloatingPointError: with --nonfinite raise it was not taken for that; names the parameter up to ": ".
+        """
 
     def take_seconds(self) -> dict[str, float]:
         """Seconds of this rank by phase since the last call, the optimizer's own beside ours; collective."""
@@ -115,9 +137,51 @@ class Trainer(ABC):
         """Validation loss now, in nats per token; collective."""
         return validation_loss(self.model, self.data, self.world, self.args.validation_samples, self.args.batch_size)
 
+    def progress(self) -> dict[str, int]:
+        """What a checkpoint says of the run beside model and optimizer."""
+        return {"step": self.done, "samples_per_step": self.samples_per_step, "skipped": self.skipped}
+
+    @contextmanager
+    def resuming(self, optimizer: Any) -> Iterator[None]:
+        """Around the loading of a checkpoint; then rank 0 says which options are other ones than before. Collective.
+
+        Args:
+            optimizer: with the parameter groups of this run.
+
+        Raises:
+            ValueError: it is of another model; names the size.
+        """
+        before = self.world.gather(resumption.read_settings(self.args.run_dir / SETTINGS))[0]
+        resumption.check_sizes(before, self.args)
+        given = resumption.group_options(self.args, optimizer.param_groups)
+        yield
+        kept = resumption.kept_options(given, resumption.group_options(self.args, optimizer.param_groups))
+        line = resumption.differences(before, resumption.as_settings(self.args, self.world.size), kept)
+        if self.world.main and line is not None:
+            print(line, flush=True)
+
+    def go_on(self, progress: Mapping[str, int]) -> None:
+        """Take over what `progress()` of the run that is resumed said."""
+        self.done, self.skipped = progress["step"], progress.get("skipped", 0)
+        before = progress.get("samples_per_step", self.samples_per_step)
+        if self.world.main and before != self.samples_per_step:
+            print(
+                f"note: {self.samples_per_step} samples per step, before {before}: "
+                "choose --accumulation and --batch-size to keep the number"
+            )
+
     @abstractmethod
     def save(self) -> None:
-        """Checkpoint now, unless it is there, and delete old ones; collective."""
+        """Checkpoint now, or begin to (--background-saves), unless it is there; delete old ones. Collective."""
+
+    def wait_for_save(self) -> None:
+        """Wait until the last checkpoint is complete; collective."""
+        self.run.wait()
+
+    def _save_portable(self, optimizer: Any) -> None:
+        """Write this package's own format, which loads on any ranks and in other trainers; collective."""
+        extra, wait = self.progress(), not self.args.background_saves
+        self.run.save(self.done, lambda path: checkpoint.save(path, self.model, optimizer, extra, wait=wait))
 
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint; collective."""

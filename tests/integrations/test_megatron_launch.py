@@ -110,6 +110,7 @@ WRONG = {
     "--pp 2 --vpp 2 --accumulation 3": "--accumulation 3: with --vpp it must be a multiple of --pp 2",
     "--tp 2 --pp 2": "2 ranks are not a multiple of --tp 2 x --pp 2",
     "--model dense --ep 2": "--ep and --etp cut experts",
+    "--background-saves": "--background-saves: Megatron writes its own files",
     "--bucket-mb 1": "--bucket-mb counts with --overlap",
     "--aligned": "--aligned: megatron-core 0.16",
 }

@@ -194,6 +194,9 @@ class Steps:
     def save(self):
         self.calls.append(f"save {self.done}")
 
+    def wait_for_save(self):
+        pass
+
     def export(self, folder):
         self.calls.append(f"export {folder.name}")
 
