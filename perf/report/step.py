@@ -89,7 +89,7 @@ def fsdp2_section(result: dict[str, Any]) -> Section:
     rows, base = result["rows"], result["rows"][0]["seconds"]
     cells = [
         [row["name"], f"{row['seconds']:.3f} s", f"{row['seconds'] / base:.2f}x",
-         f"{row['cpu_seconds']:.3f} s" if "cpu_seconds" in row else "", str(row["collectives"]),
+         f"{row['cpu_seconds']:.3f} s", str(row["collectives"]),
          *(f"{row[f'{key}_bytes'] / 2**20:,.1f} MiB" for key in ("sent", "state", "transient")), str(row["ns_calls"])]
         for row in rows
     ]  # fmt: skip
