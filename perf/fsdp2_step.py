@@ -2,11 +2,14 @@
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node 2 -m perf.fsdp2_step [--json FILE]
 
-Every contender steps the same model after `fully_shard`, from the same sharded gradients; none moves parameters, which
-FSDP2 does in the next forward. Contenders take turns within a round; medians are printed. Beside them, of the rank that
-has most: collectives (counted by torch's CommDebugMode; on gloo our all-to-alls are messages, each counted as one
-collective), bytes sent (counted at torch.distributed; 0 where only DTensor's own operators communicate, which the
-counter does not see), bytes of state, transient bytes, and matrices orthogonalized.
+Every contender steps the same model after `fully_shard`, from the same sharded gradients, with five quintic
+Newton-Schulz steps in bf16, Nesterov momentum and decoupled decay; none moves parameters, which FSDP2 does in the next
+forward. Contenders take turns within a round; medians are printed. CPU seconds, user and system of all ranks together,
+say how much work a step is; what wall time has beyond its share of them is waiting, for another rank, for the network,
+or for a core that something else has. Beside them, of the rank that has most: collectives (counted by torch's
+CommDebugMode; on gloo our all-to-alls are messages, each counted as one collective), bytes sent (counted at
+torch.distributed; 0 where the counter does not see what communicates), bytes of state, transient bytes, and matrices
+orthogonalized.
 
 The second table is the traffic of one training step: what FSDP2 itself sends in forward and backward, and what the
 step adds when rows of every matrix are cut over the ranks, and when matrices of one shape are kept whole by stacking
@@ -87,10 +90,10 @@ def sharded(block: type[nn.Module], layers: int, mesh: DeviceMesh, **options: An
     return fully_shard(model, mesh=mesh, **options)
 
 
-def contenders(layers: int, mesh: DeviceMesh, world: World) -> Iterator[Contender]:
-    """Ours, torch's, and what is installed of muon-fsdp2, dtensor-muon and dion."""
+def contenders(layers: int, mesh: DeviceMesh, world: World, table: str | None = None) -> Iterator[Contender]:
+    """Ours, with the kernels of `table`, torch's, and what is installed of muon-fsdp2, dtensor-muon and dion."""
     params = list(sharded(Block, layers, mesh).parameters())
-    ours = FullyShardedMuon(params, lr=1e-3)
+    ours = FullyShardedMuon(params, lr=1e-3, ns_table=table)
     ours.track()
     yield Contender("FullyShardedMuon", ours, params, lambda: ours.local_report()["ns_calls"])
     for build in (_torch_muon, _muon_fsdp2, _dtensor_muon, _dion):
@@ -120,20 +123,22 @@ def _dtensor_muon(params: list[nn.Parameter], mesh: DeviceMesh, world: World) ->
 
     if world.device.type == "cpu":  # its Triton kernel needs a GPU
         module.zeropower = partial(module.zeropower, use_triton=False)
-    optimizer = module.Muon(params, lr=1e-3, orthogonalization_strategy="newton_schulz")
+    optimizer = module.Muon(params, lr=1e-3, orthogonalization_strategy="newton_schulz", use_cautious_wd=False)
     return Contender("dtensor-muon", optimizer, params, lambda: len(params))
 
 
 def _dion(params: list[nn.Parameter], mesh: DeviceMesh, world: World) -> Contender:
     import dion
 
-    optimizer = dion.Muon(params, distributed_mesh=mesh, lr=1e-3)
+    options = {"nesterov": True, "use_polar_express": False, "adjust_lr": "rms_norm", "weight_decay": 0.1}
+    optimizer = dion.Muon(params, distributed_mesh=mesh, lr=1e-3, **options)
     return Contender("dion.Muon", optimizer, params, lambda: -(-len(params) // world.size))
 
 
 def measure(competitors: list[Contender], rounds: int, world: World) -> list[dict[str, Any]]:
     """Each contender's medians over `rounds` interleaved rounds, after ones that warm up and count; collective."""
     seconds: dict[str, list[float]] = {c.name: [] for c in competitors}
+    busy: dict[str, list[float]] = {c.name: [] for c in competitors}
     counted: dict[str, dict[str, int]] = {}
     generator = torch.Generator().manual_seed(1 + world.rank)
     local = [torch.randn(p.to_local().shape, generator=generator).to(world.device) for p in competitors[0].params]
@@ -159,15 +164,23 @@ def measure(competitors: list[Contender], rounds: int, world: World) -> list[dic
                 keys = ("collectives", "sent_bytes", "state_bytes", "transient_bytes", "ns_calls")
                 counted[name] = dict(zip(keys, largest(counts, world), strict=True))
             else:
-                begin = time.perf_counter()
+                begin, worked = time.perf_counter(), time.process_time()
                 optimizer.step()
                 world.synchronize()
+                worked = time.process_time() - worked
                 world.barrier()
                 if turn:
                     seconds[name].append(time.perf_counter() - begin)
+                    busy[name].append(sum(world.gather(worked)))
             optimizer.zero_grad(set_to_none=True)
     return [
-        {"name": name, "seconds": statistics.median(values), "seconds_all": values, **counted[name]}
+        {
+            "name": name,
+            "seconds": statistics.median(values),
+            "seconds_all": values,
+            "cpu_seconds": statistics.median(busy[name]),
+            **counted[name],
+        }
         for name, values in seconds.items()
     ]
 
@@ -223,7 +236,7 @@ def traffic(layers: int, mesh: DeviceMesh, world: World) -> dict[str, dict[str, 
 def print_result(rows: list[dict[str, Any]], moved: dict[str, dict[str, int]]) -> None:
     """Both tables."""
     mib = 2**20
-    print(f"{'':20s} {'seconds':>8s} {'x ours':>7s} {'collectives':>12s} {'sent':>10s} {'state':>10s} "
+    print(f"{'':20s} {'seconds':>8s} {'x ours':>7s} {'CPU s':>8s} {'collectives':>12s} {'sent':>10s} {'state':>10s} "
           f"{'transient':>10s} {'NS':>4s}")  # fmt: skip
     for row in rows:
         sizes = " ".join(
@@ -231,7 +244,7 @@ def print_result(rows: list[dict[str, Any]], moved: dict[str, dict[str, int]]) -
             for key in ("sent", "state", "transient")
         )
         print(f"{row['name']:20s} {row['seconds']:8.3f} {row['seconds'] / rows[0]['seconds']:7.2f} "
-              f"{row['collectives']:12d} {sizes} {row['ns_calls']:4d}")  # fmt: skip
+              f"{row['cpu_seconds']:8.3f} {row['collectives']:12d} {sizes} {row['ns_calls']:4d}")  # fmt: skip
     print("bytes sent per rank in one training step, MiB")
     for name, counts in moved.items():
         total = (counts["fsdp2"] + counts["exchange"]) / counts["fsdp2"]
@@ -244,6 +257,7 @@ def main() -> None:
     parser.add_argument("--layers", type=at_least_one, default=2, help="layers of 4 x 1024x1024, 4096x1024, 1024x4096")
     parser.add_argument("--rounds", type=at_least_one, default=5)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--ns-table", metavar="FILE", help="of perf.newton_schulz --tune, for ours")
     parser.add_argument("--note", default="", help="written into the result, such as what else ran on the machine")
     parser.add_argument("--json", type=output_file, help="write the result here (rank 0)")
     args = parser.parse_args()
@@ -251,7 +265,7 @@ def main() -> None:
         if world.size == 1:
             raise SystemExit("error: one rank shards nothing: start with torchrun --nproc_per_node 2 or more")
         mesh = init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("dp",))
-        rows = measure(list(contenders(args.layers, mesh, world)), args.rounds, world)
+        rows = measure(list(contenders(args.layers, mesh, world, args.ns_table)), args.rounds, world)
         moved = traffic(args.layers, mesh, world)
         if not world.main:
             return

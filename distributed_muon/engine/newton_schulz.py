@@ -113,7 +113,10 @@ def power_of_two_scale(largest: Tensor) -> Tensor:
 def _normalized(matrices: Tensor, dtype: torch.dtype, eps: float) -> Tensor:
     """A copy in `dtype`, every matrix divided by its Frobenius norm."""
     dims = (-2, -1)
-    x = matrices * power_of_two_scale(_largest(matrices))
+    scale = power_of_two_scale(_largest(matrices))
+    if matrices.dtype == dtype == torch.bfloat16:  # the same bits as by way of fp32, without a copy in it
+        scale = scale.to(dtype)
+    x = matrices * scale
     if dtype != torch.float16:
         x = x.to(dtype)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True)

@@ -132,7 +132,9 @@ def _deepspeed(result: Mapping[str, Any]) -> Rows:
 
 def _fsdp2(result: Mapping[str, Any]) -> Rows:
     for row in result["rows"]:
-        yield from _picked(row["name"], row, "seconds", "sent_bytes", "state_bytes", "transient_bytes", "collectives")
+        yield from _picked(
+            row["name"], row, "seconds", "cpu_seconds", "sent_bytes", "state_bytes", "transient_bytes", "collectives"
+        )
     for name, counts in result["traffic"].items():
         yield Measurement(f"traffic, {name}", "fsdp2/bytes", "B", counts["fsdp2"])
         yield Measurement(f"traffic, {name}", "exchange/bytes", "B", counts["exchange"])

@@ -88,14 +88,15 @@ def fsdp2_section(result: dict[str, Any]) -> Section:
     """Of `perf.fsdp2_step`."""
     rows, base = result["rows"], result["rows"][0]["seconds"]
     cells = [
-        [row["name"], f"{row['seconds']:.3f} s", f"{row['seconds'] / base:.2f}x", str(row["collectives"]),
+        [row["name"], f"{row['seconds']:.3f} s", f"{row['seconds'] / base:.2f}x",
+         f"{row['cpu_seconds']:.3f} s", str(row["collectives"]),
          *(f"{row[f'{key}_bytes'] / 2**20:,.1f} MiB" for key in ("sent", "state", "transient")), str(row["ns_calls"])]
         for row in rows
     ]  # fmt: skip
-    header = ("optimizer", "step", "of ours", "collectives", "sent", "state", "transient", "NS calls")
+    header = ("optimizer", "step", "of ours", "CPU", "collectives", "sent", "state", "transient", "NS calls")
     body = note(
-        f"{result['world']} ranks, from equal sharded gradients; FSDP2 moves parameters in the next forward. Of the "
-        f"rank that has most. {result['note']}"
+        f"{result['world']} ranks, from equal sharded gradients; FSDP2 moves parameters in the next forward. CPU "
+        f"seconds are of all ranks together, the rest of the rank that has most. {result['note']}"
     )
     body += seconds_chart(rows) + table(header, cells, lead=0)
     moved = [

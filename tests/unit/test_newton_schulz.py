@@ -63,6 +63,17 @@ def test_standard_form_has_the_bits_of_torch_for_any_triple_and_steps(steps):
     assert torch.equal(orthogonalize(grad, coefficients=triple, steps=steps, form="standard"), expected)
 
 
+def test_scaling_in_bf16_has_the_bits_of_scaling_in_fp32():
+    """Every bf16 beside a largest entry of every size: what sinks below the normal numbers is rounded alike."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[every.isfinite()]
+    for exponent in range(-126, 127):
+        scale = power_of_two_scale(torch.tensor([2.0**exponent]))
+        assert torch.equal(every * scale.bfloat16(), (every * scale.float()).bfloat16()), exponent
+    x = torch.randn(40, 60, generator=torch.Generator().manual_seed(3)).bfloat16() * 1e-20
+    assert torch.equal(orthogonalize(x), orthogonalize(x.float()))
+
+
 def test_standard_form_of_a_stack_has_the_bits_of_torch():
     grads = randn(5, 40, 24) * torch.tensor([1e-3, 1.0, 30.0, 0.1, 1e4]).view(5, 1, 1)
     expected = torch.stack([torch_newton_schulz(grad, KELLER, 5, 1e-7) for grad in grads])

@@ -97,10 +97,13 @@ def test_megatron() -> None:
 
 
 def test_fsdp2() -> None:
-    row = {"name": "distributed_muon", "seconds": 0.5, "collectives": 4, "sent_bytes": 1 << 20, "state_bytes": 2 << 20,
-           "transient_bytes": 3 << 20, "ns_calls": 6}  # fmt: skip
+    row = {"name": "distributed_muon", "seconds": 0.5, "cpu_seconds": 0.8, "collectives": 4, "sent_bytes": 1 << 20,
+           "state_bytes": 2 << 20, "transient_bytes": 3 << 20, "ns_calls": 6}  # fmt: skip
     traffic = {"rows": {"fsdp2": 4 << 20, "exchange": 2 << 20, "exchange_predicted": 2 << 20}}
     rows = [row, {**row, "name": "another", "seconds": 1.0}]
     body = text_of(fsdp2_section({"machine": MACHINE, "note": "", "world": 2, "rows": rows, "traffic": traffic}))
-    assert "<td>another</td><td>1.000 s</td><td>2.00x</td><td>4</td><td>1.0 MiB</td><td>2.0 MiB</td>" in body
+    assert (
+        "<td>another</td><td>1.000 s</td><td>2.00x</td><td>0.800 s</td><td>4</td><td>1.0 MiB</td><td>2.0 MiB</td>"
+        in body
+    )
     assert "<td>rows</td><td>4.00 MiB</td><td>2.00 MiB</td><td>1.500x</td>" in body
