@@ -34,8 +34,11 @@ $(MEGATRON_VENV)/.installed: tests/integrations/setup_megatron_019.sh constraint
 # One thread per rank: two ranks share a small machine best that way. The MALLOC variables tell glibc to keep
 # what is freed: fetching the same pages again in every step costs an eighth of it.
 KEEP_MEMORY = MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=8589934592
+# torchrun kills ranks that take longer than this to save after Ctrl-C; its own limit is 30 s.
+STOP_SECONDS ?= 600
 train: setup
-	OMP_NUM_THREADS=1 $(KEEP_MEMORY) $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m launch.pretrain \
+	OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$(STOP_SECONDS) $(KEEP_MEMORY) \
+	    $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m launch.pretrain \
 	    --run-dir runs/train-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
 test: lint setup-integrations

@@ -40,16 +40,18 @@ class SavedState:
     def forget(self) -> None:
         """The whole state that was gathered is of the past."""
         self._whole: dict[str, Any] | None = None
+        self._gathered = False
 
     def gather(self) -> None:
         """Bring the state of all ranks to rank 0; collective."""
         self._whole = export_whole(self._parameters, self._groups, self._collectives)
+        self._gathered = True
 
     def export(self, stepped: bool) -> dict[str, Any]:
-        """The whole state where it was gathered, else this rank's, which a warning says once there is any to lose."""
+        """The whole state where it was gathered, else this rank's, which a warning says where any would be lost."""
         if self._whole is not None:
             return self._whole
-        if self._collectives.size > 1 and stepped:
+        if self._collectives.size > 1 and stepped and not self._gathered:
             warnings.warn(_ONE_SHARD.format(*self._place), stacklevel=3)
         return export_state(self._parameters, self._groups, *self._place)
 

@@ -92,6 +92,17 @@ def test_an_elastic_job_gets_what_a_late_node_needs_and_every_job_time_to_save(t
     assert {"GLOO_SOCKET_IFNAME=eth7", "NCCL_SOCKET_IFNAME=eth7"} < set(out)
 
 
+def test_make_train_gives_ranks_time_to_save(tmp_path: Path) -> None:
+    """Its torchrun sees the longer limit; torchrun's own would kill ranks 30 s after Ctrl-C."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / ".installed").touch()
+    stand_in(tmp_path / "bin", "torchrun", "#!/usr/bin/env bash\nenv\n")
+    words = ["make", "train", f"VENV={tmp_path}"]
+    for more, seconds in (((), 600), (("STOP_SECONDS=900",), 900)):
+        done = subprocess.run([*words, *more], cwd=LAUNCH.parent, capture_output=True, text=True, timeout=30)
+        assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={seconds}" in done.stdout.splitlines(), done.stderr
+
+
 RANK = """#!/usr/bin/env bash
 trap 'echo saved; exit 0' TERM
 touch "$READY"
