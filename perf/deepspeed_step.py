@@ -240,7 +240,8 @@ def main() -> None:
         lines += [f"  {name:44s} {found}" for name, found in wires.items()]
         print("\n".join(lines))
         if args.json:
-            result = {"machine": machine, "world": dist.get_world_size(), "pairs": pairs, "wire": wires,
+            result = {"machine": machine, "world": dist.get_world_size(), "stage": args.stage, "offload": args.offload,
+                      "pairs": pairs, "wire": wires,
                       "floor_seconds": floor}  # fmt: skip
             write_json(args.json, result)
             args.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")

@@ -85,11 +85,10 @@ def newton_schulz_bytes(matrix: Matrix, count: int, cost: NewtonSchulzCost) -> i
     alone = cost.form == "standard" or BATCH_NUMEL["accelerator"] // matrix.numel <= 1
     tall, short = matrix.rows > matrix.cols, min(matrix.rows, matrix.cols)
     x, square = batch * matrix.numel, batch * short * short
-    # Scaled in fp32 and rounded from there; then X, its successor, and the square matrices of the form. A tall matrix
-    # alone begins as a transposed view, which the standard form does not write to.
-    scaled = 4 * x + (cost.element_bytes * x if cost.element_bytes < 4 else 0)
+    # X, its successor, and the square matrices of the form. A tall matrix alone begins as a transposed view, which the
+    # standard form does not write to.
     buffers = (3 if form == "standard" and tall and alone else 2) * x
-    return max(scaled, cost.element_bytes * (buffers + (4 if form == "gram" else 2) * square))
+    return cost.element_bytes * (buffers + (4 if form == "gram" else 2) * square)
 
 
 def _team_bytes(block: Matrix, element_bytes: int) -> int:

@@ -122,9 +122,10 @@ def deepspeed_section(result: dict[str, Any]) -> Section:
                  f"{row['newton_schulz_runs']} for {row['matrices']} matrices",
                  f"{row['seconds'] / ours['seconds']:.2f}x"]
             )  # fmt: skip
+    setup = f"ZeRO stage {result['stage']}{', state on the host' if result['offload'] else ''}"
     header = ("optimizer", "backward and step", "fastest", "state per rank", "Newton-Schulz runs", "of ours")
     body = note(
-        f"{result['world']} ranks, fp32, ZeRO stage 1; ours and one of DeepSpeed's optimizers take turns, with equal "
+        f"{result['world']} ranks, fp32, {setup}; ours and one of DeepSpeed's optimizers take turns, with equal "
         "gradients and clipping."
     )
     body += seconds_chart(bars) + table(header, cells)
@@ -133,8 +134,10 @@ def deepspeed_section(result: dict[str, Any]) -> Section:
         [config, *(f"{found[name]:g}" if name in found else "-" for name in names)]
         for config, found in result["wire"].items()
     ]
-    body += note("Messages of one step, bytes per parameter; an all-reduce sends each of its messages twice.")
-    return "A step under DeepSpeed", body + table(("configuration", *names), wire) + origin(result)
+    if wire:
+        body += note("Messages of one step, bytes per parameter; an all-reduce sends each of its messages twice.")
+        body += table(("configuration", *names), wire)
+    return f"A step under DeepSpeed, {setup}", body + origin(result)
 
 
 def megatron_section(result: dict[str, Any]) -> Section:
@@ -150,11 +153,14 @@ def megatron_section(result: dict[str, Any]) -> Section:
             [name, f"{row['seconds']:.3f} s", f"{row['fastest']:.3f} s", *most, f"{row['seconds'] / ours:.2f}x"]
         )
     header = ("optimizer", "step", "fastest", "state, most", "mean", "sent, most", "mean", "of ours")
-    cosines = [value for kind, value in result["cosine"].items() if kind != "length ratio"]
+    least = {
+        mode: min(value for kind, value in found.items() if kind != "length ratio")
+        for mode, found in result["cosine"].items()
+    }
     body = note(
         "One step after the same gradients: reduction, norm, clipping, Newton-Schulz, update and gathering "
         f"({result['machine']['command']}). With equal settings the cosine of every matrix's update to Megatron's is "
-        f"less than 1 by {1 - min(cosines):.0e} at most."
+        f"less than 1 by {', '.join(f'{1 - value:.0e} ({mode})' for mode, value in least.items())} at most."
     )
     return "A step under Megatron-core", body + seconds_chart(bars) + table(header, cells) + origin(result)
 

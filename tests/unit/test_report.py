@@ -81,7 +81,8 @@ def test_deepspeed() -> None:
                 "newton_schulz_runs": 6, "matrices": 3}  # fmt: skip
 
     wire = {"stage 1": {"all_reduce": 4.0}, "stage 2": {"reduce": 2.5}}
-    result = {"machine": MACHINE, "world": 2, "pairs": {"Muon": [row("ours", 1.0), row("Muon", 2.5)]}, "wire": wire}
+    pairs = {"Muon": [row("ours", 1.0), row("Muon", 2.5)]}
+    result = {"machine": MACHINE, "world": 2, "stage": 1, "offload": True, "pairs": pairs, "wire": wire}
     body = text_of(deepspeed_section(result))
     assert "<td>2.500 s</td><td>2.000 s</td><td>8 MiB</td><td>6 for 3 matrices</td><td>2.50x</td>" in body
     assert "<td>stage 1</td><td>4</td><td>-</td>" in body and "<td>stage 2</td><td>-</td><td>2.5</td>" in body
@@ -90,10 +91,14 @@ def test_deepspeed() -> None:
 def test_megatron() -> None:
     row = {"seconds": 1.0, "fastest": 0.5, "state_bytes": [2e6, 4e6], "sent_bytes": [1e6, 1e6]}
     contenders = {"distributed_muon": row, "Megatron Muon": {**row, "seconds": 3.0}}
-    result = {"machine": MACHINE, "cosine": {"linear_qkv": 0.5, "length ratio": 0.1}, "contenders": contenders}
+    result = {
+        "machine": MACHINE,
+        "cosine": {"blockwise": {"linear_qkv": 0.5, "length ratio": 0.1}},
+        "contenders": contenders,
+    }
     body = text_of(megatron_section(result))
     assert "<td>4.00 MB</td><td>3.00 MB</td><td>1.00 MB</td><td>1.00 MB</td><td>3.00x</td>" in body
-    assert "less than 1 by 5e-01 at most" in body
+    assert "less than 1 by 5e-01 (blockwise) at most" in body
 
 
 def test_fsdp2() -> None:
