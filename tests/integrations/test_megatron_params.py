@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -325,11 +324,3 @@ def test_flags_of_megatrons_muon_mean_the_same_or_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=f"{name}={value!r} is not supported.*{advice}"):
             read(**{name: value})
-
-
-def test_pretrain_gpt_muon_wants_megatron_lms_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launch.pretrain_gpt_muon import main
-
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=r"^pretrain_gpt\.py is not in .*: start in the root folder of Megatron-LM$"):
-        main()
