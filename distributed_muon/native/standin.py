@@ -38,8 +38,8 @@ class MovedGradient(Tensor):
         raise RuntimeError(
             f"p.grad of parameter {moved[0].parameter_name!r} was moved into the buckets of DistributedMuon, so "
             f"{func} can neither read nor change it: clip with optimizer.clip_grad_norm_(max_norm), scale with "
-            "distributed_muon.GradScaler, change it in a hook (p.register_hook), read it with optimizer.gradient(name); "
-            'where DistributedDataParallel averages it, build the optimizer with gradient_reduction="none"'
+            "distributed_muon.GradScaler, change it in a hook (p.register_hook), read it with optimizer.gradient(name)"
+            '; where DistributedDataParallel averages it, build the optimizer with gradient_reduction="none"'
         )
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:

@@ -634,5 +634,5 @@ def test_habits_on_two_ranks(rank: int, world: int) -> None:
 def test_gradients_that_ddp_averages_too_are_refused(rank: int, world: int) -> None:
     run = Run(torch.float32, rank, world)
     wrapped = nn.parallel.DistributedDataParallel(run.model)
-    with pytest.raises(RuntimeError, match='where DistributedDataParallel averages it, .* gradient_reduction="none"'):
+    with pytest.raises(RuntimeError, match=r'where DistributedDataParallel averages it, .* gradient_reduction="none"'):
         wrapped(torch.ones(3, 7)).sum().backward()
