@@ -134,7 +134,10 @@ def long_run(rank: int, world: int) -> tuple[list[tuple[int, int, float, int, in
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_thousand_steps_and_five_resumes_equal_the_reference_and_leave_nothing_behind() -> None:
+def test_two_thousand_steps_and_five_resumes_equal_the_reference_and_leave_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "50")  # torch's flight recorder fills for 2,000 steps
     results = run_ranks(long_run, WORLD, timeout=1700)
     for rank, (seen, distance, skipped) in enumerate(results):
         print(f"rank {rank}: distance from the reference {distance}, {skipped} of {STEPS} steps skipped")
@@ -149,4 +152,4 @@ def test_two_thousand_steps_and_five_resumes_equal_the_reference_and_leave_nothi
             assert {line[4] for line in same[1:]} == {same[1][4]}, "threads"
         # From the first step after all sizes had their turn; every new one fetches some memory that is kept.
         settled = next(line for line in seen if line[0] > STEPS // 2)
-        assert seen[-1][2] - settled[2] < 4, f"memory grows from {settled[2]} to {seen[-1][2]} MiB"
+        assert seen[-1][2] - settled[2] < 2, f"memory grows from {settled[2]} to {seen[-1][2]} MiB"
