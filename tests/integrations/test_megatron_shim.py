@@ -12,7 +12,10 @@ import pytest
 from tests.integrations import megatron_cpu
 from tests.torchrun import ROOT, TORCHRUN
 
-pytestmark = pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed"),
+    *([pytest.mark.slow] if megatron_cpu.older() else []),
+]
 
 # What the shim asks of Megatron-LM. megatron.core is the real one: "megatron" is a namespace.
 STAND_IN = {
