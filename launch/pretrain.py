@@ -14,12 +14,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distributed_muon import DistributedMuon, checkpoint, muon_param_groups
 from launch import arguments
 from launch.job import run_job
-from launch.models import CausalLM, update_expert_bias
+from launch.models import CausalLM
 from launch.schedule import cosine_schedule
 from launch.trainer import Trainer
 from launch.world import World
@@ -90,7 +88,7 @@ class PlainTrainer(Trainer):
                 loss = self.model(tokens, targets)
                 (loss / count).backward()
             losses.append(loss.detach())
-        return sum(torch.stack(losses).tolist()), count  # the host waits once, not for every microbatch
+        return self._summed(losses)
 
     def update(self) -> dict[str, float]:
         """Clip, step, and balance the experts."""
@@ -101,11 +99,7 @@ class PlainTrainer(Trainer):
         report = self.optimizer.local_report()
         self._seconds.update(report["seconds"])
         self.schedule.step()
-        metrics |= {"skipped": 1} if report["skipped"] else {}
-        # A skipped step has counted its experts' loads for nothing.
-        balance = update_expert_bias(self.model, 0.0 if report["skipped"] else self.args.expert_bias_rate)
-        if balance is not None:
-            metrics["expert_load_max_over_mean"] = balance
+        metrics |= self._after_step(report["skipped"])
         if self.world.size > 1:
             metrics["exposed_seconds"] = exposed_seconds(self.optimizer)
         return metrics

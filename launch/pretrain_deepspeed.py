@@ -16,13 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from distributed_muon.integrations.deepspeed import CONFIG_BLOCK, optimizer_from_config
 from launch import arguments
 from launch.job import run_job
-from launch.models import update_expert_bias
 from launch.schedule import cosine_schedule
 from launch.trainer import Trainer
 from launch.world import World, leave
@@ -109,8 +107,7 @@ class DeepSpeedTrainer(Trainer):
             loss = self.engine(*batch)
             self.engine.backward(loss)
             losses.append(loss.detach())
-        # The host waits once, not for every microbatch.
-        return sum(torch.stack(losses).tolist()), self.args.accumulation
+        return self._summed(losses)
 
     def update(self) -> dict[str, float]:
         """The step after the last microbatch, which DeepSpeed skips by itself, and the balance of the experts."""
@@ -124,10 +121,7 @@ class DeepSpeedTrainer(Trainer):
                 f"gradient of parameter {names[0]!r} has inf or nan ({len(names)} parameters in all)"
             )
         metrics["grad_norm"] = float(self.engine.get_global_grad_norm())
-        metrics |= {"skipped": 1} if skipped else {}
-        # A skipped step has counted its experts' loads for nothing.
-        balance = update_expert_bias(self.model, 0.0 if skipped else self.args.expert_bias_rate)
-        return metrics if balance is None else metrics | {"expert_load_max_over_mean": balance}
+        return metrics | self._after_step(skipped)
 
     def _nonfinite(self) -> list[str]:
         """Names of the parameters whose gradient of this step has an inf or nan on some rank; collective.

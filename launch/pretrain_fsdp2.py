@@ -24,7 +24,7 @@ from distributed_muon import checkpoint, muon_param_groups
 from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from launch import arguments
 from launch.job import run_job
-from launch.models import CausalLM, huggingface, update_expert_bias
+from launch.models import CausalLM, huggingface
 from launch.schedule import cosine_schedule
 from launch.tensor_parallel import parallelize
 from launch.trainer import Trainer
@@ -97,7 +97,7 @@ class FullyShardedTrainer(Trainer):
             loss = self.model(tokens, targets)
             (loss / count).backward()
             losses.append(loss.detach())
-        return sum(torch.stack(losses).tolist()), count  # the host waits once, not for every microbatch
+        return self._summed(losses)
 
     def update(self) -> dict[str, float]:
         """Clip, step, and balance the experts."""
@@ -108,10 +108,7 @@ class FullyShardedTrainer(Trainer):
         report = self.optimizer.local_report()
         self._seconds.update(report["seconds"])
         self.schedule.step()
-        metrics |= {"skipped": 1} if report["skipped"] else {}
-        # A skipped step has counted its experts' loads for nothing.
-        balance = update_expert_bias(self.model, 0.0 if report["skipped"] else self.args.expert_bias_rate)
-        return metrics if balance is None else metrics | {"expert_load_max_over_mean": balance}
+        return metrics | self._after_step(report["skipped"])
 
     def optimizer_seconds(self) -> dict[str, float]:
         """Its phases; FSDP2's own collectives are not among them."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from distributed_muon import checkpoint
 from launch import arguments, resumption
-from launch.models import huggingface
+from launch.models import huggingface, update_expert_bias
 from launch.phases import Phases
 from launch.run_dir import SETTINGS, RunDirectory
 from launch.sameness import check_same
@@ -112,6 +113,20 @@ class Trainer(ABC):
     @abstractmethod
     def forward_backward(self) -> tuple[float, float]:
         """Loss and gradients of `microbatches()`; the sum of this rank's losses and their number."""
+
+    def _summed(self, losses: Sequence[Tensor]) -> tuple[float, float]:
+        """What `forward_backward` returns, of detached losses; the host waits once, not for every microbatch."""
+        return sum(torch.stack(list(losses)).tolist()), len(losses)
+
+    def _after_step(self, skipped: bool) -> dict[str, float]:
+        """Balance the experts; a step that was skipped has counted their loads for nothing.
+
+        Returns:
+            The metrics of both: "skipped", and the balance where there are experts.
+        """
+        metrics: dict[str, float] = {"skipped": 1} if skipped else {}
+        balance = update_expert_bias(self.model, 0.0 if skipped else self.args.expert_bias_rate)
+        return metrics if balance is None else metrics | {"expert_load_max_over_mean": balance}
 
     @abstractmethod
     def update(self) -> dict[str, float]:

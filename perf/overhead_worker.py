@@ -29,7 +29,7 @@ MODEL, RANKS, SHRINK = "moonlight-16b-a3b", 64, 64
 PLAN = ("plan", "--model", "kimi-k2", "--dp", "64")
 
 
-class _Gradients(torch.autograd.Function):
+class GivenGradients(torch.autograd.Function):
     """Zero, with given gradients: a backward that is nothing but its hooks."""
 
     @staticmethod
@@ -94,7 +94,7 @@ def measure_steps(
     seconds: dict[str, list[float]] = {"backward": [], "step": [], "orthogonalizing": [], "copying": []}
 
     def backward() -> None:
-        _Gradients.apply([grad.clone() for grad in grads], *params).backward()
+        GivenGradients.apply([grad.clone() for grad in grads], *params).backward()
 
     for _ in range(steps + 2):
         marks = [time.perf_counter()]

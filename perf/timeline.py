@@ -17,7 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from distributed_muon import DistributedMuon
 from distributed_muon.planning.model_shapes import NAMED_MODELS, ParameterShape, model_shapes
@@ -25,6 +25,7 @@ from distributed_muon.planning.simulate import DomainPlan
 from launch.environment import describe_machine
 from perf.cluster import MACHINES, Machine
 from perf.options import at_least_one, output_file, write_json
+from perf.overhead_worker import GivenGradients
 from perf.prediction import place_of, predict
 from perf.simulated import Clock, SimulatedDevice, SimulatedNetwork, Transfer, simulated_rank
 from perf.waves import wave_seconds
@@ -36,19 +37,6 @@ QUEUES: dict[str, Callable[[str], Any]] = {
     "one": lambda label: None,
     "kinds": lambda label: label if label in ("reduce_scatter", "all_gather") else None,
 }
-
-
-class _Given(torch.autograd.Function):
-    """Zero, whose backward brings given gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, grads: Sequence[Tensor], *params: Tensor) -> Tensor:
-        ctx.grads = grads
-        return torch.zeros(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *ctx.grads)
 
 
 class Groups(list):
@@ -73,7 +61,7 @@ class Block(nn.Module):
         params = list(self.weights)
         for param in reversed(params):
             self._clock.now += 2 * self._forward_seconds / len(params)
-            _Given.apply([torch.empty_like(param)], param).backward()
+            GivenGradients.apply([torch.empty_like(param)], param).backward()
 
 
 class Model(nn.Module):

@@ -76,15 +76,8 @@ class Exchange:
 def exchange(plan: Plan) -> Exchange:
     """Of a plan, all pieces at once."""
     world, count = plan.layout.world, len(plan.waves)
-    pieces = plan.layout.columns
-    wave_of = np.empty(len(plan.homes), np.int64)
-    for number, members in enumerate(plan.waves):
-        wave_of[list(members)] = number
-    first_home = np.array([homes[0] for homes in plan.homes], np.int64)
-    copies = np.array([len(homes) - 1 for homes in plan.homes], np.int64)
-    homes = np.array([matrix * world + rank for matrix, ranks in enumerate(plan.homes) for rank in ranks], np.int64)
-    away = ~np.isin(pieces.matrix * world + pieces.rank, homes)
-    numel, wave, home = pieces.rows * pieces.cols, wave_of[pieces.matrix], first_home[pieces.matrix]
+    pieces, copies, away = plan.layout.columns, plan.home_count - 1, plan.away
+    numel, wave, home = pieces.numel, plan.wave_of[pieces.matrix], plan.first_home[pieces.matrix]
     holder, at_home = wave * world + pieces.rank, wave * world + home
 
     def by_rank(places: np.ndarray, elements: np.ndarray) -> np.ndarray:
@@ -100,7 +93,7 @@ def exchange(plan: Plan) -> Exchange:
     both = [holder[away] * world + home[away], at_home[away] * world + pieces.rank[away]]
     peers = by_rank(np.unique(np.concatenate(both)) // world, None)
     most_copies = np.zeros(count, np.int64)
-    np.maximum.at(most_copies, wave_of, copies)
+    np.maximum.at(most_copies, plan.wave_of, copies)
     return Exchange(
         to_homes.max(axis=1).astype(int).tolist(),
         received.max(axis=1).astype(int).tolist(),

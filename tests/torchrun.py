@@ -16,6 +16,17 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 # Frozen: with another text two experts may tie, and the trainers then part by what they round differently.
 CORPUS = ROOT / "tests" / "corpus.txt"
+# Of a model and its run, small enough for seconds; the first is of every model.
+TINY_SIZES: dict[str, object] = {
+    "--hidden-size": 32,
+    "--num-attention-heads": 2,
+    "--intermediate-size": 48,
+    "--sequence-length": 32,
+    "--batch-size": 4,
+    "--validation-samples": 8,
+    "--warmup": 2,
+}
+TINY_DENSE = {"--model": "dense", "--num-hidden-layers": 1, "--head-dim": 16, **TINY_SIZES}
 TORCHRUN = ("torchrun", "--standalone", "--nproc_per_node", "2", "-m")
 
 

@@ -37,7 +37,7 @@ def slot_elements(plan: Plan) -> np.ndarray:
     homes = np.fromiter((rank for ranks in plan.homes for rank in ranks), np.int64, len(matrices))
     whole = np.array([matrix.numel for matrix in plan.layout.matrices], np.int64)
     source, away = pieces.replica == 0, plan.away
-    wave, first = plan.wave_of[pieces.matrix], np.array([ranks[0] for ranks in plan.homes], np.int64)[pieces.matrix]
+    wave, first = plan.wave_of[pieces.matrix], plan.first_home[pieces.matrix]
 
     def add(where: np.ndarray, ranks: np.ndarray, elements: np.ndarray) -> np.ndarray:
         out = np.zeros((len(plan.waves), world), np.int64)

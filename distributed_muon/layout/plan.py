@@ -113,6 +113,11 @@ class Plan:
         return np.fromiter(map(len, self.homes), np.int64, len(self.homes))
 
     @cached_property
+    def first_home(self) -> np.ndarray:
+        """Per matrix, the home that serves holders which are none."""
+        return np.fromiter((homes[0] for homes in self.homes), np.int64, len(self.homes))
+
+    @cached_property
     def away(self) -> np.ndarray:
         """Per piece, whether the rank that holds it is no home of its matrix."""
         pieces, world = self.layout.columns, self.layout.world
@@ -150,9 +155,8 @@ class Plan:
         sent = np.zeros(self.layout.world, np.int64)
         pieces, numel, away = self.layout.columns, self.layout.columns.numel, self.away
         source = pieces.replica == 0
-        first = np.fromiter((homes[0] for homes in self.homes), np.int64, len(self.homes))
         np.add.at(sent, pieces.rank[source], (numel * (self.home_count[pieces.matrix] - 1 + away))[source])
-        np.add.at(sent, first[pieces.matrix[away]], numel[away])
+        np.add.at(sent, self.first_home[pieces.matrix[away]], numel[away])
         return (sent * self.newton_schulz.element_bytes).tolist()
 
     @cached_property

@@ -23,24 +23,11 @@ from launch.metrics import read_metrics
 from launch.sameness import check_same
 from launch.world import World
 from tests.spawn import run_ranks
-from tests.torchrun import CORPUS, ROOT, alive, flags, job, ranks_of, run_to_end
+from tests.torchrun import CORPUS, ROOT, TINY_DENSE, alive, flags, job, ranks_of, run_to_end
 
 LIMIT = 240  # seconds for one job
 pytestmark = pytest.mark.timeout(300)
-SIZES = {
-    "--model": "dense",
-    "--num-hidden-layers": 1,
-    "--head-dim": 16,
-    "--hidden-size": 32,
-    "--num-attention-heads": 2,
-    "--intermediate-size": 48,
-    "--sequence-length": 32,
-    "--batch-size": 4,
-    "--validation-samples": 8,
-    "--warmup": 2,
-    "--data": CORPUS,
-}
-JOB = ["launch.pretrain", *flags(SIZES), "--log-to"]
+JOB = ["launch.pretrain", *flags({**TINY_DENSE, "--data": CORPUS}), "--log-to"]
 
 
 def failed(*words: object) -> tuple[list[str], str]:

@@ -34,17 +34,7 @@ from tests.spawn import run_ranks
 from tests.torchrun import CORPUS, alive, flags, ranks_of
 
 LIMIT = 120  # seconds for one job; each takes about six on a quiet machine
-SIZES = {
-    "--hidden-size": 32,
-    "--num-attention-heads": 2,
-    "--intermediate-size": 48,
-    "--sequence-length": 32,
-    "--batch-size": 4,
-    "--validation-samples": 8,
-    "--warmup": 2,
-    "--lr": 0.01,
-}
-DENSE_SIZES = {"--model": "dense", "--num-hidden-layers": 1, "--head-dim": 16, **SIZES}
+DENSE_SIZES = {**torchrun.TINY_DENSE, "--lr": 0.01}
 MOONLIGHT_SIZES = {
     "--model": "moonlight",
     "--num-hidden-layers": 2,
@@ -54,7 +44,8 @@ MOONLIGHT_SIZES = {
     "--v-head-dim": 16,
     "--n-routed-experts": 4,
     "--moe-intermediate-size": 16,
-    **SIZES,
+    **torchrun.TINY_SIZES,
+    "--lr": 0.01,
 }
 TINY_DENSE, TINY = flags(DENSE_SIZES), flags(MOONLIGHT_SIZES)
 ONE = World(0, 1, torch.device("cpu"))

@@ -18,23 +18,9 @@ import torch
 
 from launch.metrics import read_metrics
 from tests.integrations import megatron_cpu
-from tests.torchrun import CORPUS, flags
+from tests.torchrun import CORPUS, TINY_DENSE, flags
 
-SIZES = {
-    "--model": "dense",
-    "--num-hidden-layers": 1,
-    "--hidden-size": 32,
-    "--num-attention-heads": 2,
-    "--head-dim": 16,
-    "--intermediate-size": 48,
-    "--sequence-length": 32,
-    "--batch-size": 4,
-    "--validation-samples": 8,
-    "--warmup": 2,
-    "--lr": 0.01,
-    "--data": CORPUS,
-}
-TINY = [*flags(SIZES), "--log-to"]
+TINY = [*flags({**TINY_DENSE, "--lr": 0.01, "--data": CORPUS}), "--log-to"]
 TRAINERS = {
     "pretrain": "PlainTrainer",
     "pretrain_fsdp2": "FullyShardedTrainer",
