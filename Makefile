@@ -23,8 +23,11 @@ $(VENV)/.installed: setup.py pyproject.toml constraints.txt
 
 setup-integrations: $(VENV)/.integrations $(MEGATRON_VENV)/.installed
 
+# DeepSpeed compiles its gloo helper at the first start, under a lock file that a killed process leaves behind, and
+# every later start waits for it without a word. So it is built here. (pip's cache would give a wheel without it.)
 $(VENV)/.integrations: $(VENV)/.installed
-	DS_BUILD_OPS=0 $(BIN)/python $(PIP) --no-build-isolation deepspeed megatron-core psutil
+	DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 $(BIN)/python $(PIP) --no-build-isolation --no-cache-dir deepspeed
+	$(BIN)/python $(PIP) --no-build-isolation megatron-core psutil
 	touch $@
 
 $(MEGATRON_VENV)/.installed: tests/integrations/setup_megatron_019.sh constraints.txt

@@ -49,6 +49,7 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in read_metrics(run_dir / "metrics.jsonl") if "loss" in line}
 
 
+@pytest.mark.slow
 def test_torchrun_and_the_deepspeed_launcher_continue_each_other(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     results, _ = run_to_end([*JOB, "--run-dir", first], limit=LIMIT)

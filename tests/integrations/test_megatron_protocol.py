@@ -27,7 +27,10 @@ from tests.integrations.megatron_job import Case, Job
 from tests.integrations.test_megatron_checkpoint import STATES, checked, plain, sharded_model
 from tests.spawn import run_ranks
 
-pytestmark = pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed")
+pytestmark = [
+    pytest.mark.skipif(not megatron_cpu.available(), reason="megatron-core is not installed"),
+    *([pytest.mark.slow] if megatron_cpu.older() else []),
+]
 
 DENSE, BF16 = Case(), Case(dtype=torch.bfloat16)
 FIRST_LAYER = "decoder.layers.0.mlp.linear_fc1.weight"
