@@ -362,6 +362,7 @@ class DistributedMuon(torch.optim.Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._linked.adopt()
+        self._engine.settle()
         state = self._saved.export(stepped=self._steps > 0)
         for hook in self._optimizer_state_dict_post_hooks.values():
             state = hook(self, state) or state
@@ -388,6 +389,7 @@ class DistributedMuon(torch.optim.Optimizer):
         """
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
+        self._engine.settle()
         self._saved.restore(state_dict)
         self._engine.rebind()
         self._linked.masters_restored()

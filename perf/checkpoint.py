@@ -3,8 +3,10 @@
     python -m perf.checkpoint [--parameters 100] [--ranks 2] [--rounds 5] [--json FILE]
 
 Both write fp32 masters and momentum down to the disk: ours flat shards, checksums and an index, DCP the model (which it
-shares out over the ranks) and the momentum's flat shards. "exposed" is how long `save(wait=False)` holds training up.
-Rounds alternate; files are read back from the page cache. Medians over rounds, of the slowest rank.
+shares out over the ranks) and the momentum's flat shards. "exposed" is how long `save(wait=False)` holds training up:
+the call, and after a forward and backward what the step that follows would wait. "training" is a forward and backward
+alone, "training beside a save" one that shares its cores with the copying and writing. Rounds alternate; files are read
+back from the page cache. Medians over rounds, of the slowest rank.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -33,6 +36,7 @@ from perf.options import at_least_one, output_file, write_json
 from tests.spawn import run_ranks
 
 SIDE = 1000  # of the matrices, each of a million parameters
+TOKENS = 64  # of a microbatch
 
 
 def measure(rank: int, world: int, millions: int, rounds: int, folder: str) -> dict[str, list[float]]:
@@ -62,13 +66,25 @@ def measure(rank: int, world: int, millions: int, rounds: int, folder: str) -> d
         timed("load", lambda: checkpoint.load(path / "ours", model, optimizer), clean=True)
         timed("dcp save", lambda: dcp.save(state, checkpoint_id=path / "dcp"))
         timed("dcp load", lambda: dcp.load(state, checkpoint_id=path / "dcp"), clean=True)
+        timed("training", lambda: _forward_backward(model))
         begin = time.perf_counter()
-        saving = timed("exposed", lambda: checkpoint.save(path / "ours", model, optimizer, wait=False))
+        saving = timed("call", lambda: checkpoint.save(path / "ours", model, optimizer, wait=False))
+        timed("training beside a save", lambda: _forward_backward(model))
+        timed("wait of the step", optimizer._engine.settle)
         saving.wait()
         seconds.setdefault("in the background", []).append(time.perf_counter() - begin)
         timed("to the end", lambda: None, clean=True)
     del seconds["to the end"]
+    seconds["exposed"] = [sum(both) for both in zip(seconds["call"], seconds["wait of the step"], strict=True)]
     return {name: values[1:] for name, values in seconds.items()}
+
+
+def _forward_backward(model: nn.ParameterDict) -> None:
+    """Of a microbatch; gradients are dropped without being reduced."""
+    x = torch.ones(TOKENS, SIDE)
+    for weight in model.values():
+        x = F.linear(x, weight)
+    torch.autograd.grad(x.sum(), list(model.values()))
 
 
 def _dcp_state(model: nn.Module, optimizer: DistributedMuon) -> dict[str, Any]:

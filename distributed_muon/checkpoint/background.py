@@ -1,4 +1,4 @@
-"""A save in the background: state copied to the host at once, written by a thread, one at a time."""
+"""A save in the background: state copied to the host, written by a thread, one at a time."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_muon.checkpoint.view import CheckpointView
 from distributed_muon.engine.collectives import Collectives
 
 
@@ -52,9 +54,73 @@ class Saving:
             print(f"error: {self._error}", file=sys.stderr, flush=True)
 
 
+class Stage:
+    """Host memory for the state of saves in the background, the same from save to save.
+
+    What only a step changes is copied by the thread, under the next forward and backward: a step calls `wait` before
+    it changes any.
+    """
+
+    def __init__(self) -> None:
+        self._memory: list[Tensor] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Start a save, which takes tensors in the order of the one before."""
+        self._used, self._pairs = 0, []
+        self._filled = threading.Event()
+        self._stream: torch.Stream | None = None
+
+    def now(self, tensor: Tensor) -> Tensor:
+        """A copy of (n,) `tensor` on the host."""
+        copy = self._next(tensor)
+        _copy(copy, tensor)
+        return copy
+
+    def later(self, tensor: Tensor) -> Tensor:
+        """What `fill` makes a copy of (n,) `tensor`."""
+        self._pairs.append((copy := self._next(tensor), tensor))
+        if tensor.is_cuda and self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+            self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        return copy
+
+    def fill(self) -> None:
+        """Make the copies that were put off; beside the kernels that training starts meanwhile."""
+        with self._stream or nullcontext():
+            for pair in self._pairs:
+                _copy(*pair)
+        self.release()
+
+    def release(self) -> None:
+        """Keep no step waiting any more."""
+        self._pairs = []
+        self._filled.set()
+
+    def wait(self) -> None:
+        """Wait until all is copied."""
+        self._filled.wait()
+
+    def _next(self, tensor: Tensor) -> Tensor:
+        number = self._used
+        self._used += 1
+        old = self._memory[number] if number < len(self._memory) else None
+        if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
+            fresh = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._memory[number : number + 1] = [fresh]
+        return self._memory[number]
+
+
+def _copy(host: Tensor, tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        host.copy_(tensor)
+    else:
+        np.copyto(host.numpy(), tensor.numpy())  # past the caches: on one core twice as fast as copy_
+
+
 _last = Saving()
-# Per optimizer: host memory that copies are made in, and a process group whose messages meet nobody else's.
-_stages: weakref.WeakKeyDictionary[Any, list[Tensor]] = weakref.WeakKeyDictionary()
+# Per optimizer: its stage, and a process group whose messages meet nobody else's.
+_stages: weakref.WeakKeyDictionary[Any, Stage] = weakref.WeakKeyDictionary()
 _groups: weakref.WeakKeyDictionary[Any, Collectives] = weakref.WeakKeyDictionary()
 atexit.register(lambda: _last.complain())
 
@@ -64,30 +130,32 @@ def wait_for_last() -> None:
     _last.wait()
 
 
-def in_background(optimizer: Any, collectives: Collectives, write: Callable[[Collectives], None]) -> Saving:
-    """Start `write` in a thread, with collectives of its own; collective over `collectives`."""
+def stage_of(optimizer: Any) -> Stage:
+    """The optimizer's stage, for a new save."""
+    stage = _stages.setdefault(optimizer, Stage())
+    stage.begin()
+    return stage
+
+
+def in_background(optimizer: Any, view: CheckpointView, write: Callable[[Collectives], None]) -> Saving:
+    """Start `write`, which fills the optimizer's stage, in a thread, with collectives of its own.
+
+    Collective over `view.collectives`.
+    """
     global _last
     if optimizer not in _groups:
         # Not on the accelerator, where messages of a thread would wait for, and delay, those of the step.
-        _groups[optimizer] = own = collectives.apart(backend="gloo")
+        _groups[optimizer] = own = view.collectives.apart(backend="gloo")
         weakref.finalize(optimizer, own.close).atexit = False
-    own = _groups[optimizer]
-    _last = Saving(lambda: write(own))
+    own, stage = _groups[optimizer], _stages[optimizer]
+
+    def run() -> None:
+        try:
+            write(own)
+        finally:
+            stage.release()
+
+    _last = Saving(run)
+    for engine in view.engines:
+        engine.settle = stage.wait
     return _last
-
-
-def copies_of(optimizer: Any) -> Callable[[Tensor], Tensor]:
-    """A function that copies tensors into host memory, the same from save to save, for tensors in the same order."""
-    stage, used = _stages.setdefault(optimizer, []), iter(range(sys.maxsize))
-
-    def copy(tensor: Tensor) -> Tensor:
-        number = next(used)
-        if number == len(stage) or stage[number].shape != tensor.shape or stage[number].dtype != tensor.dtype:
-            fresh = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            stage[number : number + 1] = [fresh]
-        if tensor.is_cuda:
-            return stage[number].copy_(tensor)
-        np.copyto(stage[number].numpy(), tensor.numpy())  # past the caches: on one core twice as fast as copy_
-        return stage[number]
-
-    return copy

@@ -50,17 +50,21 @@ class Held:
     parameters: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-def hold(view: CheckpointView, copy: Callable[[Tensor], Tensor]) -> Held:
+def hold(
+    view: CheckpointView, copy_master: Callable[[Tensor], Tensor], copy_moment: Callable[[Tensor], Tensor]
+) -> Held:
     """What this rank writes; no collective.
 
     Args:
-        copy: brings a flat tensor to the CPU. It is given whole parts: few large tensors instead of many small ones.
+        copy_master, copy_moment: bring a flat tensor to the CPU. They are given whole parts: few large tensors instead
+            of many small ones.
     """
     held, host = Held(), {}
     for engine in view.engines:
         for part in engine.parts:
-            for key, tensor in {"master": part.master, **part.moments}.items():
-                host[id(part), key] = copy(tensor.detach())
+            host[id(part), "master"] = copy_master(part.master.detach())
+            for key, tensor in part.moments.items():
+                host[id(part), key] = copy_moment(tensor)
     for own in own_shards(view):
         p, place = own
         if not place.first or p.name in view.copies:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from distributed_muon.checkpoint.background import Saving, copies_of, in_background, wait_for_last
+from distributed_muon.checkpoint.background import Saving, in_background, stage_of, wait_for_last
 from distributed_muon.checkpoint.files import write_file, write_text
 from distributed_muon.checkpoint.held import Held, hold
 from distributed_muon.checkpoint.index import INDEX, MODEL, Index, as_json, versions
@@ -39,8 +39,9 @@ def save(
             has it; None for the trained parameters alone.
         optimizer: of this package, for plain PyTorch, FSDP2, DeepSpeed or Megatron.
         extra: what else to restore, such as a scheduler's state and the step number; rank 0's is written. Plain JSON.
-        wait: False returns once all state is copied to the host; a thread writes it. At most one such save is under
-            way: the next one waits for it. Call `wait()` of what is returned before the process groups end.
+        wait: False returns once the masters are copied to the host. A thread copies the moments, for which the next
+            step and `load_state_dict` wait, and writes. At most one such save is under way: the next one waits for it.
+            Call `wait()` of what is returned before the process groups end.
 
     Returns:
         The save, finished unless `wait` is False.
@@ -57,11 +58,13 @@ def save(
     others = whole(entries)
     on_all(view.collectives, lambda: make_room(path) if lead else None, _not_saved(path))
     header = replace(header, save_id=view.collectives.gather_objects(header.save_id)[0])
-    held = hold(view, (lambda tensor: tensor.cpu()) if wait else copies_of(optimizer))
-    job = WriteJob(path, header, held, others if lead else {})
+    others = others if lead else {}
     if not wait:
-        return in_background(optimizer, view.collectives, job.write)
-    job.write(view.collectives)
+        stage = stage_of(optimizer)
+        held = hold(view, stage.now, stage.later if view.steady else stage.now)
+        return in_background(optimizer, view, WriteJob(path, header, held, others, stage.fill).write)
+    held = hold(view, Tensor.cpu, Tensor.cpu)
+    WriteJob(path, header, held, others).write(view.collectives)
     return Saving()
 
 
@@ -86,13 +89,14 @@ class WriteJob:
 
     Args:
         path: of the checkpoint. header: its index so far. held: of this rank. others: the model's other tensors, on
-            rank 0.
+            rank 0. fill: gives `held` the values that it lacks.
     """
 
     path: Path
     header: Index
     held: Held
     others: dict[str, Tensor]
+    fill: Callable[[], None] = lambda: None
 
     def write(self, collectives: Collectives) -> None:
         """Write this rank's files, then rank 0 the index; collective over `collectives`."""
@@ -107,6 +111,7 @@ class WriteJob:
             raise
 
     def _write_files(self, rank: int) -> dict[str, dict[str, Any]]:
+        self.fill()
         files, folder = {}, _unfinished(self.path)
         if self.held.tensors:
             name = f"rank-{rank:05d}.safetensors"

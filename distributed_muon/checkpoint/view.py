@@ -23,6 +23,7 @@ class CheckpointView:
             parameters follow from them. Collective.
         copies: parameters that repeat another's values (an embedding tied over pipeline stages) -> the other's name.
         private: keys of a group that are the framework's own business.
+        steady: whether all that changes or moves the moments calls `ShardedStep.settle` first.
         problem: why this rank's state cannot be saved or loaded now, in words.
     """
 
@@ -34,6 +35,7 @@ class CheckpointView:
     restored: Callable[[int], None]
     copies: Mapping[str, str] = field(default_factory=dict)
     private: Sequence[str] = ()
+    steady: bool = False
     problem: str | None = None
 
     @property

@@ -59,6 +59,7 @@ class ShardedStep:
         timer: of phases and collectives. measures: what is measured per matrix.
         ns_calls: matrices this rank orthogonalized since the last `close`.
         times, counted: what `close` took.
+        settle: waits until nobody reads the moments any more; whoever changes them, or hands them out, calls it first.
 
     Raises:
         RuntimeError: ranks disagree about names, shapes, dtypes or options. Construction is collective.
@@ -85,6 +86,7 @@ class ShardedStep:
         self.ns_calls, self.measures = 0, Measures()
         self.times: Times | None = None
         self.counted: dict[str, Any] = {}
+        self.settle: Callable[[], None] = lambda: None
 
     def attach(
         self,
@@ -139,6 +141,7 @@ class ShardedStep:
             active = self.nonzero() if self.options.zero_gradients == "skip" else [True] * len(self.members)
         bound = self._bind(tuple(active))
         self.measures.clear()
+        self.settle()
         with self._workspace:
             with self.timer("momentum"):
                 for run in bound.flat:

@@ -128,6 +128,8 @@ class FullyShardedMuon(torch.optim.Optimizer):
         """State by parameter, made when first asked for after parameters were sharded."""
         if not self._domains and self._sealed and isinstance(self.param_groups[0]["params"][0], DTensor):
             self._attach()
+        for domain in self._domains:
+            domain.engine.settle()
         return self._state
 
     @state.setter
@@ -327,7 +329,8 @@ class FullyShardedMuon(torch.optim.Optimizer):
             f"parameter {strangers[0]!r} is no longer the model's: build the optimizer anew" if strangers else None
         )
         steps = max((int(p.state["step"]) for e in engines for p in e.parameters if "step" in p.state), default=0)
-        return CheckpointView("fsdp2", engines, self.collectives, self.param_groups, steps, restored, problem=problem)
+        place = ("fsdp2", engines, self.collectives, self.param_groups, steps)
+        return CheckpointView(*place, restored, steady=True, problem=problem)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only the constructor adds groups: homes are fixed there."""

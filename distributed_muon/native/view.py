@@ -25,4 +25,4 @@ def checkpoint_view(optimizer: DistributedMuon) -> CheckpointView:
         linked.gather()
 
     place = ("plain", [engine], optimizer.collectives, optimizer.param_groups, optimizer._steps)
-    return CheckpointView(*place, restored, problem=problem)
+    return CheckpointView(*place, restored, steady=True, problem=problem)

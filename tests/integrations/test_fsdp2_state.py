@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
-from distributed_muon import muon_param_groups
+from distributed_muon import checkpoint, muon_param_groups
+from distributed_muon.checkpoint import background
 from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from tests.checks import on_ranks
 from tests.integrations.fsdp2_model import (
@@ -150,6 +153,31 @@ def ranks_load(rank: int, world: int, path: str) -> None:
 def test_bf16_state_saved_at_2_ranks_loads_at_3(tmp_path: Path) -> None:
     run_ranks(ranks_save, 2, str(tmp_path / "c"), timeout=120)
     run_ranks(ranks_load, 3, str(tmp_path / "c"), timeout=120)
+
+
+@on_ranks(2, timeout=170)
+def test_who_changes_moments_waits_until_a_save_has_copied_them(rank: int, world: int) -> None:
+    folder = Path(shared_folder(rank))
+    model, optimizer, _ = build(fsdp(mesh_of(world, names=["dp"])))
+    model.loss(0, rank).backward()
+    optimizer.step()
+    target, gate, original = whole_state(model, optimizer), threading.Event(), background._copy
+
+    def late(*args: torch.Tensor) -> None:
+        if threading.current_thread().name == "checkpoint":
+            assert gate.wait(30)
+        original(*args)
+
+    with mock.patch.object(background, "_copy", late):
+        saving = checkpoint.save(folder / "one", model, optimizer, wait=False)
+        threading.Timer(0.2, gate.set).start()
+        for state in optimizer.state.values():  # as dcp.load writes into it
+            for value in state.values():
+                value.zero_()
+        saving.wait()
+    checkpoint.load(folder / "one", model, optimizer)
+    for key, value in whole_state(model, optimizer).items():
+        assert torch.equal(value, target[key]), key
 
 
 @on_ranks(2, timeout=170)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import resource
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -17,7 +19,7 @@ from torch import nn
 
 from distributed_muon import DistributedMuon, Experts, Split, checkpoint, muon_param_groups
 from distributed_muon.__main__ import main
-from distributed_muon.checkpoint import DamagedCheckpoint, saving
+from distributed_muon.checkpoint import DamagedCheckpoint, background, saving
 from distributed_muon.checkpoint.places import Patch, _places, copy_elements, whole_shape
 from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Layout, Shard
@@ -196,6 +198,37 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Pa
     assert first.done
     for name, step in (("two", 2), ("one", 1)):
         assert checkpoint.load(tmp_path / name, model, optimizer) == {"step": step}
+    assert_same(everything(model, optimizer), target)
+
+
+@pytest.mark.parametrize("change", ["step", "load_state_dict", "state_dict"])
+def test_who_changes_moments_waits_until_a_save_has_copied_them(change: str, tmp_path: Path) -> None:
+    model, optimizer = build()
+    train(model, optimizer, range(1), 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        earlier = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(1, 2), 0)
+    target, gate, original = everything(model, optimizer), threading.Event(), background._copy
+
+    def late(*args: torch.Tensor) -> None:
+        if threading.current_thread().name == "checkpoint":
+            assert gate.wait(30)
+        original(*args)
+
+    with mock.patch.object(background, "_copy", late):
+        save = checkpoint.save(tmp_path / "one", model, optimizer, {}, wait=False)
+        threading.Timer(0.2, gate.set).start()
+        if change == "step":
+            train(model, optimizer, range(2, 3), 0)
+        elif change == "load_state_dict":
+            optimizer.load_state_dict(earlier)
+        else:
+            for state in optimizer.state_dict()["state"].values():
+                (state.get("momentum_buffer", state.get("exp_avg"))).zero_()
+        assert gate.is_set()
+        save.wait()
+    checkpoint.load(tmp_path / "one", model, optimizer)
     assert_same(everything(model, optimizer), target)
 
 
