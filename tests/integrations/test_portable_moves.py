@@ -193,9 +193,9 @@ def hand_over(rank: int, world: int, folder: Path) -> int:
     checkpoint.save(folder / "0", first.model, first.optimizer)
     chain: list[Any] = [Sharded]
     if find_spec("deepspeed"):
-        chain += [lambda: DeepSpeed(1), lambda: DeepSpeed(3, bf16={"enabled": True})]
+        chain += [lambda: DeepSpeed(1), lambda: DeepSpeed(2), lambda: DeepSpeed(3, bf16={"enabled": True})]
     if megatron_cpu.available():
-        chain += [lambda: Megatron(tp=2), lambda: Megatron(tp=2, pp=2)]
+        chain += [lambda: Megatron(tp=2), lambda: Megatron(tp=2, pp=2), lambda: Megatron(pp=2, vpp=2)]
     chain += [lambda: Plain(torch.bfloat16, layout="flat"), Plain]
     for number, make in enumerate(chain):
         first.at_rate_zero(TRAINED + number)
