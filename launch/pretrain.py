@@ -9,17 +9,15 @@ The last line on stdout is a JSON object with the results.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from distributed_muon import DistributedMuon, checkpoint, muon_param_groups
+from distributed_muon import DistributedMuon, muon_param_groups
 from launch import arguments
 from launch.job import run_job
 from launch.models import CausalLM
-from launch.schedule import cosine_schedule
-from launch.trainer import Trainer
+from launch.own_loop import OwnLoopTrainer
 from launch.world import World
 
 
@@ -65,7 +63,7 @@ def make_optimizer(args: argparse.Namespace, model: CausalLM) -> DistributedMuon
     return optimizer
 
 
-class PlainTrainer(Trainer):
+class PlainTrainer(OwnLoopTrainer):
     """A run of `launch.loop.train` in plain PyTorch."""
 
     def __init__(self, args: argparse.Namespace, world: World) -> None:
@@ -74,44 +72,11 @@ class PlainTrainer(Trainer):
         self.model = arguments.make_model(args, self.data.vocab_size, world.device)
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.optimizer = make_optimizer(args, self.model)
-        self._seconds: Counter[str] = Counter()
-        if self.begin is not None:
-            with self.resuming(self.optimizer):
-                self.go_on(self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer)))
-        self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
+        self.start_or_resume()
 
-    def forward_backward(self) -> tuple[float, float]:
-        """The last microbatch's backward reduces the gradients."""
-        losses, count = [], self.args.accumulation
-        for number, (tokens, targets) in enumerate(self.microbatches(), 1):
-            with nullcontext() if number == count else self.optimizer.no_sync():
-                loss = self.model(tokens, targets)
-                (loss / count).backward()
-            losses.append(loss.detach())
-        return self._summed(losses)
-
-    def update(self) -> dict[str, float]:
-        """Clip, step, and balance the experts."""
-        metrics = {"lr": self.schedule.get_last_lr()[0]}
-        metrics["grad_norm"] = float(self.optimizer.clip_grad_norm_(self.args.clip))
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        report = self.optimizer.local_report()
-        self._seconds.update(report["seconds"])
-        self.schedule.step()
-        metrics |= self._after_step(report["skipped"])
-        if self.world.size > 1:
-            metrics["exposed_seconds"] = exposed_seconds(self.optimizer)
-        return metrics
-
-    def optimizer_seconds(self) -> dict[str, float]:
-        """Its phases, of which it only reports the last step's."""
-        taken, self._seconds = dict(self._seconds), Counter()
-        return taken
-
-    def save(self) -> None:
-        """Checkpoint now, unless it is there; collective."""
-        self._save_portable(self.optimizer)
+    def reducing(self, reduces: bool) -> AbstractContextManager[Any]:
+        """The optimizer's own reduce-scatters."""
+        return nullcontext() if reduces else self.optimizer.no_sync()
 
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face checkpoint; collective."""
@@ -125,11 +90,6 @@ class PlainTrainer(Trainer):
     def results(self) -> dict[str, Any]:
         """The chosen optimizer."""
         return {"optimizer": self.args.optimizer, "skipped_steps": self.skipped}
-
-
-def exposed_seconds(optimizer: DistributedMuon) -> float:
-    """Seconds that this rank's last step waited for collectives."""
-    return sum(counts["exposed_seconds"] for counts in optimizer.local_report()["communication"].values())
 
 
 def main() -> None:

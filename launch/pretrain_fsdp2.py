@@ -11,7 +11,7 @@ stdout is a JSON object with the results.
 from __future__ import annotations
 
 import argparse
-from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from distributed_muon import checkpoint, muon_param_groups
+from distributed_muon import muon_param_groups
 from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from launch import arguments
 from launch.job import run_job
 from launch.models import CausalLM, huggingface
-from launch.schedule import cosine_schedule
+from launch.own_loop import OwnLoopTrainer
 from launch.tensor_parallel import parallelize
-from launch.trainer import Trainer
 from launch.validation import validation_loss
 from launch.world import World
 
@@ -57,7 +56,7 @@ def shard(model: CausalLM, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-class FullyShardedTrainer(Trainer):
+class FullyShardedTrainer(OwnLoopTrainer):
     """A run of `launch.loop.train` under FSDP2."""
 
     kind = "fsdp2"
@@ -79,41 +78,16 @@ class FullyShardedTrainer(Trainer):
         groups = muon_param_groups(self.model, vector_weight_decay=0.0)
         options = {"weight_decay": args.weight_decay, **arguments.muon_options(args), "nonfinite": args.nonfinite}
         self.optimizer = FullyShardedMuon(groups, lr=args.lr, **options)
-        self._seconds: Counter[str] = Counter()
-        if self.begin is not None:
-            with self.resuming(self.optimizer):
-                self.go_on(self.run.load(lambda path: checkpoint.load(path, self.model, self.optimizer)))
-        self.schedule = cosine_schedule(self.optimizer, args.lr, args.steps, args.warmup, args.final_lr, self.done)
+        self.start_or_resume()
 
     def _whole_model(self, device: torch.device) -> CausalLM:
         args = argparse.Namespace(**{**vars(self.args), "dtype": "fp32"})
         return arguments.make_model(args, self.data.vocab_size, device)
 
-    def forward_backward(self) -> tuple[float, float]:
-        """The last microbatch's backward reduces the gradients."""
-        losses, count = [], self.args.accumulation
-        for number, (tokens, targets) in enumerate(self.microbatches(), 1):
-            self.model.set_requires_gradient_sync(number == count)
-            loss = self.model(tokens, targets)
-            (loss / count).backward()
-            losses.append(loss.detach())
-        return self._summed(losses)
-
-    def update(self) -> dict[str, float]:
-        """Clip, step, and balance the experts."""
-        metrics = {"lr": self.schedule.get_last_lr()[0]}
-        metrics["grad_norm"] = self.optimizer.clip_grad_norm_(self.args.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        report = self.optimizer.local_report()
-        self._seconds.update(report["seconds"])
-        self.schedule.step()
-        return metrics | self._after_step(report["skipped"])
-
-    def optimizer_seconds(self) -> dict[str, float]:
-        """Its phases; FSDP2's own collectives are not among them."""
-        taken, self._seconds = dict(self._seconds), Counter()
-        return taken
+    def reducing(self, reduces: bool) -> AbstractContextManager[Any]:
+        """FSDP2's reduce-scatters."""
+        self.model.set_requires_gradient_sync(reduces)
+        return nullcontext()
 
     def validate(self) -> float:
         """Validation loss over as many batches on every rank, which FSDP2 needs; collective."""
@@ -122,10 +96,6 @@ class FullyShardedTrainer(Trainer):
         return validation_loss(
             self.model, self.data, self.world, samples or self.data_size, self.args.batch_size, share
         )
-
-    def save(self) -> None:
-        """Checkpoint now, unless it is there; it loads on any mesh, and in the plain trainer. Collective."""
-        self._save_portable(self.optimizer)
 
     def export(self, folder: Path) -> None:
         """The model as a Hugging Face checkpoint; collective."""

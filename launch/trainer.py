@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distributed_muon import checkpoint
 from launch import arguments, resumption
 from launch.models import huggingface, update_expert_bias
 from launch.phases import Phases
@@ -192,11 +191,6 @@ class Trainer(ABC):
     def wait_for_save(self) -> None:
         """Wait until the last checkpoint is complete; collective."""
         self.run.wait()
-
-    def _save_portable(self, optimizer: Any) -> None:
-        """Write this package's own format, which loads on any ranks and in other trainers; collective."""
-        extra, wait = self.progress(), not self.args.background_saves
-        self.run.save(self.done, lambda path: checkpoint.save(path, self.model, optimizer, extra, wait=wait))
 
     def export(self, folder: Path) -> None:
         """Write the model as a Hugging Face checkpoint; collective."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from distributed_muon import DistributedMuon, Experts
+from distributed_muon.checkpoint import background
 from tests.reference import backward, make_params, rank_gradient
 
 SHAPES = {
@@ -78,3 +82,17 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], where: str =
     for key, value in ours.items():
         assert value.dtype == theirs[key].dtype, f"{where} {key}"
         assert torch.equal(value, theirs[key]), f"{where} {key} differs"
+
+
+@contextmanager
+def copies_held_back() -> Iterator[threading.Event]:
+    """Inside it, the thread of a save in the background copies only once the event that it yields is set."""
+    gate, original = threading.Event(), background._copy
+
+    def copy(*tensors: Tensor) -> None:
+        if threading.current_thread().name == "checkpoint":
+            assert gate.wait(30)
+        original(*tensors)
+
+    with mock.patch.object(background, "_copy", copy):
+        yield gate

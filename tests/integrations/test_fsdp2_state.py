@@ -5,7 +5,6 @@ from __future__ import annotations
 import tempfile
 import threading
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
@@ -22,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import DTensor
 
 from distributed_muon import checkpoint, muon_param_groups
-from distributed_muon.checkpoint import background
 from distributed_muon.integrations.fsdp2 import FullyShardedMuon
 from tests.checks import on_ranks
+from tests.distributed.sharded_model import copies_held_back
 from tests.integrations.fsdp2_model import (
     EVEN,
     Model,
@@ -161,14 +160,8 @@ def test_who_changes_moments_waits_until_a_save_has_copied_them(rank: int, world
     model, optimizer, _ = build(fsdp(mesh_of(world, names=["dp"])))
     model.loss(0, rank).backward()
     optimizer.step()
-    target, gate, original = whole_state(model, optimizer), threading.Event(), background._copy
-
-    def late(*args: torch.Tensor) -> None:
-        if threading.current_thread().name == "checkpoint":
-            assert gate.wait(30)
-        original(*args)
-
-    with mock.patch.object(background, "_copy", late):
+    target = whole_state(model, optimizer)
+    with copies_held_back() as gate:
         saving = checkpoint.save(folder / "one", model, optimizer, wait=False)
         threading.Timer(0.2, gate.set).start()
         for state in optimizer.state.values():  # as dcp.load writes into it

@@ -19,13 +19,13 @@ from torch import nn
 
 from distributed_muon import DistributedMuon, Experts, Split, checkpoint, muon_param_groups
 from distributed_muon.__main__ import main
-from distributed_muon.checkpoint import DamagedCheckpoint, background, saving
+from distributed_muon.checkpoint import DamagedCheckpoint, saving
 from distributed_muon.checkpoint.places import Patch, _places, copy_elements, whole_shape
 from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Layout, Shard
 from launch.run_dir import RunDirectory
 from launch.world import World
-from tests.distributed.sharded_model import Model, assert_same, build, everything, train
+from tests.distributed.sharded_model import Model, assert_same, build, copies_held_back, everything, train
 
 Run = tuple[Model, DistributedMuon]
 
@@ -209,14 +209,8 @@ def test_who_changes_moments_waits_until_a_save_has_copied_them(change: str, tmp
         warnings.simplefilter("error")
         earlier = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, range(1, 2), 0)
-    target, gate, original = everything(model, optimizer), threading.Event(), background._copy
-
-    def late(*args: torch.Tensor) -> None:
-        if threading.current_thread().name == "checkpoint":
-            assert gate.wait(30)
-        original(*args)
-
-    with mock.patch.object(background, "_copy", late):
+    target = everything(model, optimizer)
+    with copies_held_back() as gate:
         save = checkpoint.save(tmp_path / "one", model, optimizer, {}, wait=False)
         threading.Timer(0.2, gate.set).start()
         if change == "step":
