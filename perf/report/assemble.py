@@ -16,6 +16,7 @@ from perf.report.page import STYLE, Section, Tile, note
 from perf.report.sample_efficiency import sample_efficiency_section, sample_efficiency_tile
 from perf.report.scale import scale_section, scale_tiles, traffic_section
 from perf.report.step import deepspeed_section, fsdp2_section, megatron_section, step_section, step_tile
+from perf.report.timeline import timeline_section
 
 
 class Result(NamedTuple):
@@ -49,6 +50,7 @@ SECTIONS: dict[str, Callable[[Any], list[Section]]] = {
     "comm": _one(comm_section),
     **dict.fromkeys(BENCHMARKS, lambda result: [sweep_section(result), check_section(result)]),
     "scale": _scale_sections,
+    "timeline": _one(timeline_section),
     "fsdp2_step": _one(fsdp2_section),
     "deepspeed_step": _one(deepspeed_section),
     "megatron_step": _megatron_sections,

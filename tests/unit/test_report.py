@@ -7,6 +7,7 @@ from typing import Any
 
 from perf.report.benchmark import check_section, sweep_section
 from perf.report.step import deepspeed_section, fsdp2_section, megatron_section
+from perf.report.timeline import timeline_section
 
 MACHINE = {"gpu": None, "cpu": "a CPU", "cores": 2, "threads_per_rank": 1, "versions": {}, "date": "2026-01-01",
            "command": "a command"}  # fmt: skip
@@ -73,6 +74,19 @@ def test_checks_are_marked_within_a_quarter() -> None:
     assert "<td>101.0 / 202.0</td>" in body and "<td>300</td><td>600</td><td>800</td><td>0.75</td>" in body
     marked = re.findall(r'<td>([\d.]+)</td><td>newton schulz</td><td class="(\w+)">(\d+%)</td>', body)
     assert marked == [("0.75", "good", "12%"), ("1.26", "bad", "12%"), ("0.98", "bad", "31%")]
+
+
+def test_timeline() -> None:
+    sent = {"calls": 1, "bytes": 8, "exposed_seconds": 0.002, "hidden_seconds": 0.0, "network_seconds": 0.25}
+    row = {
+        "setup": "Muon", "ranks": 1024, "forward_backward_seconds": 0.5, "added_seconds": 0.01, "share": 0.02,
+        "phases": {"newton_schulz": 0.004, "update": 0.0025}, "communication": {"to_homes": sent, "all_gather": sent},
+        "counts": {"launches": 1111, "allocations": 22},
+    }  # fmt: skip
+    body = text_of(timeline_section({"machine": MACHINE, "rows": [row]}))
+    cells = ("1,024", "Muon", "0.50 s", "10.0 ms", "2.00%", "500 ms", "4.0 ms", "1,111", "22")
+    assert "".join(f"<td>{cell}</td>" for cell in cells) in body
+    assert "newton schulz" in body and "the rest" in body and " 6.5" in body
 
 
 def test_deepspeed() -> None:
