@@ -91,6 +91,7 @@ class DistributedMuon(torch.optim.Optimizer):
         members = _members(self.param_groups, getattr(params, "order", {}))
         self._params: list[nn.Parameter] = [member.param for member in members]
         names = [member.spec.name for member in members]
+        self._half = next((member.spec.name for member in members if member.param.dtype == torch.float16), None)
         check_launch()
         take_over(zip(names, self._params, strict=True), self)
         self.collectives, device = Collectives(process_group).apart(), self._params[0].device
@@ -151,9 +152,8 @@ class DistributedMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        half = next((p.name for p in self.sharded_parameters if p.param.dtype == torch.float16), None)
-        if half is not None and not self._unscaled:
-            raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
+        if self._half is not None and not self._unscaled:
+            raise ValueError(f"parameter {self._half!r} is float16: scale the loss with distributed_muon.GradScaler")
         self._steps += 1
         self._saved.forget()
         agreement = self._agree()
@@ -191,8 +191,9 @@ class DistributedMuon(torch.optim.Optimizer):
         while again:
             if reducer is None:
                 _copy_averaged_gradients(self.sharded_parameters)
-            stale = [] if reducer is None else reducer.finish()
-            has_gradient = [param.grad is not None for param in self._params]
+                has_gradient, stale = [param.grad is not None for param in self._params], []
+            else:
+                has_gradient, stale = reducer.finish()
             agreement = self._engine.agree(has_gradient, [problem is not None, *stale], written)
             wrong, *stale = agreement.flags
             if wrong:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +74,8 @@ class Agreement:
         code = int(hashlib.sha256("\n".join(options).encode()).hexdigest()[:4], 16)
         # fp64 sums where the device has it, so that squares of fp32's largest numbers do not overflow.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        view = torch.tensor([0, code, code * code, 0, *has_gradient, *flags], dtype=wide).to(device)
+        numbers = np.concatenate([[0, code, code * code, 0], np.frombuffer(bytes([*has_gradient, *flags]), np.uint8)])
+        view = torch.from_numpy(numbers).to(wide).to(device)
         if signal is not None:
             view[3] = signal
         if grads:

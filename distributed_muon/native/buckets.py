@@ -39,11 +39,11 @@ class FlatBucket:
         own_gradients: bool,
     ) -> None:
         self.spec, self._collectives, self.ranks = spec, collectives, collectives.size
-        self._members = [(params[tensor], names[tensor]) for tensor in spec.tensors]
-        first, size = self._members[0][0], spec.numel // collectives.size
+        self._params, self._names = [params[t] for t in spec.tensors], [names[t] for t in spec.tensors]
+        first, size = self._params[0], spec.numel // collectives.size
         self.flat = torch.zeros(spec.numel, dtype=first.dtype, device=first.device)
-        self.title = f"bucket of {describe([name for _, name in self._members])}, {self.flat.nbytes} bytes"
-        self._places: list[int] = [0] * len(self._members)
+        self.title = f"bucket of {describe(self._names)}, {self.flat.nbytes} bytes"
+        self._places: list[int] = [0] * len(self._params)
         self._link(enumerate(self._views(self.flat)))
         begin = collectives.rank * size
         place = dict(zip(spec.tensors, spec.offsets, strict=True))
@@ -63,7 +63,7 @@ class FlatBucket:
             views: (number of the member, its view of `flat`).
         """
         for number, view in views:
-            param, _ = self._members[number]
+            param = self._params[number]
             view.copy_(param)
             param.data = from_dlpack(to_dlpack(view))
             self._places[number] = param.data_ptr()
@@ -77,22 +77,19 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter was moved to another dtype, device or shape.
         """
-        dtype = self.flat.dtype
-        moved = [
-            number
-            for number, ((param, _), place) in enumerate(zip(self._members, self._places, strict=True))
-            if param.data_ptr() != place or param.dtype != dtype
-        ]
-        for param, name in (self._members[number] for number in moved):
+        dtype, now = self.flat.dtype, [param.data_ptr() for param in self._params]
+        if now == self._places:
+            return False
+        moved = [number for number, place in enumerate(self._places) if now[number] != place]
+        for param, name in ((self._params[number], self._names[number]) for number in moved):
             if param.dtype != dtype or param.device != self.flat.device:
                 raise RuntimeError(
                     f"parameter {name!r} is now {param.dtype} on {param.device}, the optimizer was built for "
                     f"{dtype} on {self.flat.device}: move the model first, then build DistributedMuon"
                 )
-        if moved:
-            views = self._views(self.flat)
-            self._link((number, views[number]) for number in moved)
-        return bool(moved)
+        views = self._views(self.flat)
+        self._link((number, views[number]) for number in moved)
+        return True
 
     def gradient_views(self) -> Iterator[tuple[int, Tensor]]:
         """(tensor number, its flat gradient in the parameter's shape)."""
@@ -102,11 +99,11 @@ class FlatBucket:
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Every member's elements of `flat`, in its shape."""
         lengths, at = [], 0
-        for (param, _), offset in zip(self._members, self.spec.offsets, strict=True):
+        for param, offset in zip(self._params, self.spec.offsets, strict=True):
             lengths += [offset - at, param.numel()]  # padding, then the parameter
             at = offset + param.numel()
         views = flat.split([*lengths, flat.numel() - at])[1::2]
-        return [view.view(param.shape) for view, (param, _) in zip(views, self._members, strict=True)]
+        return [view.view(param.shape) for view, param in zip(views, self._params, strict=True)]
 
     def copies_gradient(self, dtype: torch.dtype) -> bool:
         """Whether a reduce-scatter in `dtype` holds a copy of the bucket while it is under way."""
