@@ -23,6 +23,7 @@ from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets
 from distributed_muon.layout.pieces import Shard
 from distributed_muon.layout.plan import Plan
 from distributed_muon.native.buckets import FlatBucket, cut_families
+from distributed_muon.native.collector import paused_collector
 from distributed_muon.native.gather import ParameterGatherer
 from distributed_muon.native.gradients import GradientReducer, whole_gradient
 from distributed_muon.native.owners import check_launch, release_later, take_over
@@ -67,6 +68,7 @@ class DistributedMuon(torch.optim.Optimizer):
         RuntimeError: ranks disagree about names, shapes, dtypes or options.
     """
 
+    @paused_collector()
     def __init__(
         self,
         params: Iterable[Any],

