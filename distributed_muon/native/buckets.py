@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -45,7 +45,7 @@ class FlatBucket:
         self.flat = torch.zeros(spec.numel, dtype=first.dtype, device=first.device)
         self.title = f"bucket of {describe(self._names)}, {self.flat.nbytes} bytes"
         self._places: list[int] = [0] * len(self._params)
-        self._link(enumerate(self._views(self.flat)))
+        self._link(range(len(self._params)))
         begin = collectives.rank * size
         place = dict(zip(spec.tensors, spec.offsets, strict=True))
         offsets = [place[shard.tensor] + shard.start - begin for shard in shards]
@@ -54,20 +54,20 @@ class FlatBucket:
         self.grad = torch.zeros(spec.numel, dtype=torch.float32, device=first.device) if own_gradients else None
 
     @torch.no_grad()
-    def _link(self, views: Iterable[tuple[int, Tensor]]) -> None:
+    def _link(self, numbers: Sequence[int]) -> None:
         """Copy parameters' values into the bucket and give them that memory, each as a tensor of its own.
 
         A view would share its storage with all parameters of the bucket, and savers take what shares storage for
         tied weights. Through DLPack the parameter gets a storage of its own over the same memory.
 
         Args:
-            views: (number of the member, its view of `flat`).
+            numbers: of the members.
         """
-        for number, view in views:
-            param = self._params[number]
-            view.copy_(param)
-            param.data = from_dlpack(to_dlpack(view))
-            self._places[number] = param.data_ptr()
+        views = self._views(self.flat)
+        torch._foreach_copy_([views[number] for number in numbers], [self._params[number] for number in numbers])
+        for number in numbers:
+            self._params[number].data = from_dlpack(to_dlpack(views[number]))
+            self._places[number] = self._params[number].data_ptr()
 
     def link_again(self) -> bool:
         """Take back parameters that were given other memory, with the values they have there.
@@ -88,8 +88,7 @@ class FlatBucket:
                     f"parameter {name!r} is now {param.dtype} on {param.device}, the optimizer was built for "
                     f"{dtype} on {self.flat.device}: move the model first, then build DistributedMuon"
                 )
-        views = self._views(self.flat)
-        self._link((number, views[number]) for number in moved)
+        self._link(moved)
         return True
 
     def gradient_views(self) -> Iterator[tuple[int, Tensor]]:
