@@ -454,20 +454,15 @@ def _copy_averaged_gradients(parameters: Sequence[OwnedParameter]) -> None:
 
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:
     """Every parameter, in the model's order where that is known."""
-    names = parameter_names(groups)
-    for name, param in (
-        (n, p) for i, group in enumerate(groups) for n, p in zip(names[i], group["params"], strict=True)
-    ):
-        if hasattr(param, "placements"):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor: use integrations.fsdp2, or pass the model before fully_shard or "
-                "parallelize_module, since DistributedMuon shards by itself"
-            )
-    members = [
-        Member(tensor_spec(name, param, group), param, index)
-        for index, group in enumerate(groups)
-        for name, param in zip(names[index], group["params"], strict=True)
-    ]
+    members = []
+    for index, (group, names) in enumerate(zip(groups, parameter_names(groups), strict=True)):
+        for name, param in zip(names, group["params"], strict=True):
+            if hasattr(param, "placements"):
+                raise ValueError(
+                    f"parameter {name!r} is a DTensor: use integrations.fsdp2, or pass the model before fully_shard or "
+                    "parallelize_module, since DistributedMuon shards by itself"
+                )
+            members.append(Member(tensor_spec(name, param, group), param, index))
     if not members:
         raise ValueError("optimizer got an empty parameter list: every parameter is frozen, or params was used up")
     return sorted(members, key=lambda member: order.get(member.spec.name, 0))

@@ -355,13 +355,16 @@ class ShardGradients:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
-        runs = merge(
-            Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
-            for number, part in enumerate(parts)
-            for shard, offset in zip(part.shards, part.offsets, strict=True)
-            if not shard.replica
-        )
-        self._spans = list(_in_cache(runs, parts))
+        runs: list[list[int]] = []  # [part, end, begin], neighbours without padding between them as one
+        for number, part in enumerate(parts):
+            for (_, start, stop, replica), offset in zip(part.shards, part.offsets, strict=True):
+                if replica:
+                    continue
+                if not runs or runs[-1][:2] != [number, offset]:
+                    runs.append([number, offset, offset])
+                runs[-1][1] += stop - start
+        spans = [Span(1, end - begin, (Window(number, begin, 0),)) for number, end, begin in runs]
+        self._spans = list(_in_cache(spans, parts))
         self._places: list[int] = []
         self._views: list[Tensor] = []
 
