@@ -23,6 +23,7 @@ from distributed_muon.layout.cutting import Bucket, bucket_elements, cut_buckets
 from distributed_muon.layout.pieces import Shard
 from distributed_muon.layout.plan import Plan
 from distributed_muon.native.buckets import FlatBucket, cut_families
+from distributed_muon.native.collector import paused_collector
 from distributed_muon.native.gather import ParameterGatherer
 from distributed_muon.native.gradients import GradientReducer, whole_gradient
 from distributed_muon.native.owners import check_launch, release_later, take_over
@@ -67,6 +68,7 @@ class DistributedMuon(torch.optim.Optimizer):
         RuntimeError: ranks disagree about names, shapes, dtypes or options.
     """
 
+    @paused_collector()
     def __init__(
         self,
         params: Iterable[Any],
@@ -91,6 +93,7 @@ class DistributedMuon(torch.optim.Optimizer):
         members = _members(self.param_groups, getattr(params, "order", {}))
         self._params: list[nn.Parameter] = [member.param for member in members]
         names = [member.spec.name for member in members]
+        self._half = next((member.spec.name for member in members if member.param.dtype == torch.float16), None)
         check_launch()
         take_over(zip(names, self._params, strict=True), self)
         self.collectives, device = Collectives(process_group).apart(), self._params[0].device
@@ -151,9 +154,8 @@ class DistributedMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        half = next((p.name for p in self.sharded_parameters if p.param.dtype == torch.float16), None)
-        if half is not None and not self._unscaled:
-            raise ValueError(f"parameter {half!r} is float16: scale the loss with distributed_muon.GradScaler")
+        if self._half is not None and not self._unscaled:
+            raise ValueError(f"parameter {self._half!r} is float16: scale the loss with distributed_muon.GradScaler")
         self._steps += 1
         self._saved.forget()
         agreement = self._agree()
@@ -191,8 +193,9 @@ class DistributedMuon(torch.optim.Optimizer):
         while again:
             if reducer is None:
                 _copy_averaged_gradients(self.sharded_parameters)
-            stale = [] if reducer is None else reducer.finish()
-            has_gradient = [param.grad is not None for param in self._params]
+                has_gradient, stale = [param.grad is not None for param in self._params], []
+            else:
+                has_gradient, stale = reducer.finish()
             agreement = self._engine.agree(has_gradient, [problem is not None, *stale], written)
             wrong, *stale = agreement.flags
             if wrong:
@@ -453,20 +456,15 @@ def _copy_averaged_gradients(parameters: Sequence[OwnedParameter]) -> None:
 
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:
     """Every parameter, in the model's order where that is known."""
-    names = parameter_names(groups)
-    for name, param in (
-        (n, p) for i, group in enumerate(groups) for n, p in zip(names[i], group["params"], strict=True)
-    ):
-        if hasattr(param, "placements"):
-            raise ValueError(
-                f"parameter {name!r} is a DTensor: use integrations.fsdp2, or pass the model before fully_shard or "
-                "parallelize_module, since DistributedMuon shards by itself"
-            )
-    members = [
-        Member(tensor_spec(name, param, group), param, index)
-        for index, group in enumerate(groups)
-        for name, param in zip(names[index], group["params"], strict=True)
-    ]
+    members = []
+    for index, (group, names) in enumerate(zip(groups, parameter_names(groups), strict=True)):
+        for name, param in zip(names, group["params"], strict=True):
+            if hasattr(param, "placements"):
+                raise ValueError(
+                    f"parameter {name!r} is a DTensor: use integrations.fsdp2, or pass the model before fully_shard or "
+                    "parallelize_module, since DistributedMuon shards by itself"
+                )
+            members.append(Member(tensor_spec(name, param, group), param, index))
     if not members:
         raise ValueError("optimizer got an empty parameter list: every parameter is frozen, or params was used up")
     return sorted(members, key=lambda member: order.get(member.spec.name, 0))

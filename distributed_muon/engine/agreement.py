@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distributed_muon.engine.collectives import Collectives
 
 
-def check_same_everywhere(collectives: Collectives, description: Sequence[str]) -> None:
+def check_same_everywhere(collectives: Collectives, description: Iterable[str]) -> None:
     """Raise on every rank, naming the first difference, unless all ranks bring the same lines.
 
     Args:
         collectives: of the group that must agree; this is collective over it.
-        description: one line per thing that must be equal, such as a parameter with shape and options.
+        description: one line per thing that must be equal, such as a parameter with shape and options; not read on
+            one rank.
 
     Raises:
         RuntimeError: the first line that differs from rank 0's, and the rank that has it.
     """
+    if collectives.size == 1:
+        return
+    description = list(description)
     digest = hashlib.sha256("\n".join(description).encode()).hexdigest()
     if len(set(collectives.gather_objects(digest))) == 1:
         return
-    first, *others = collectives.gather_objects(list(description))
+    first, *others = collectives.gather_objects(description)
     for rank, lines in enumerate(others, start=1):
         for ours, theirs in zip_longest(first, lines, fillvalue="nothing"):
             if ours != theirs:
@@ -73,7 +78,8 @@ class Agreement:
         code = int(hashlib.sha256("\n".join(options).encode()).hexdigest()[:4], 16)
         # fp64 sums where the device has it, so that squares of fp32's largest numbers do not overflow.
         wide = torch.float32 if device.type == "mps" else torch.float64
-        view = torch.tensor([0, code, code * code, 0, *has_gradient, *flags], dtype=wide).to(device)
+        numbers = np.concatenate([[0, code, code * code, 0], np.frombuffer(bytes([*has_gradient, *flags]), np.uint8)])
+        view = torch.from_numpy(numbers).to(wide).to(device)
         if signal is not None:
             view[3] = signal
         if grads:

@@ -17,7 +17,7 @@ from distributed_muon.engine.exchange import Shipment
 from distributed_muon.engine.state import OwnedParameter, Part
 from distributed_muon.engine.timing import describe
 from distributed_muon.engine.update import lr_ratio
-from distributed_muon.engine.views import Span, Window, cached, merge
+from distributed_muon.engine.views import CACHE, Span, Window, cached, merge
 from distributed_muon.engine.workspace import Slot, Workspace
 from distributed_muon.layout.pieces import Piece, Shard
 from distributed_muon.layout.plan import Plan, Wave
@@ -283,9 +283,12 @@ class Binding:
     def _with_others(self, group: int, spans: list[Span], wire: Tensor, slot: Slot) -> Views:
         views = Views(group, spans)
         views.others = [span.view(1, _base(span.windows[1], wire, slot)) for span in views.spans]
-        views.chunks = [slice(None)]
-        if self._parts and self._parts[0].master.device == slot.stage.device and slot.stage.numel():
-            views.chunks, views.staged = _stage(views.others, slot.stage)
+        device = self._parts[0].master.device
+        if device == slot.stage.device and slot.stage.numel():
+            views.chunks = _chunks(views.others, slot.stage.numel())
+            views.staged = [staged for some in views.chunks for staged in _staged(views.others[some], slot.stage)]
+        else:
+            views.chunks = _chunks(views.others, CACHE) if device.type == "cpu" else [slice(None)]
         return views
 
     def _source(self, piece: Piece) -> tuple[int, int]:
@@ -314,16 +317,23 @@ def _in_cache(runs: Sequence[Span], parts: Sequence[Part]) -> Iterator[Span]:
         yield from cached(run, parts[run.windows[0].base].master.device)
 
 
-def _stage(views: Sequence[Tensor], stage: Tensor) -> tuple[list[slice], list[Tensor]]:
-    """Places in `stage` of tensors like `views`, and the runs of them that are there at a time."""
-    starts, staged, at = [0], [], 0
+def _chunks(views: Sequence[Tensor], most: int) -> list[slice]:
+    """Runs of views that have at most `most` elements, or are a single one."""
+    starts, total = [0], 0
     for number, view in enumerate(views):
-        if at + view.numel() > stage.numel():
+        total += view.numel()
+        if total > most and number:
             starts.append(number)
-            at = 0
-        staged.append(stage.narrow(0, at, view.numel()).view(view.shape))
+            total = view.numel()
+    return [slice(*ends) for ends in pairwise([*starts, len(views)])]
+
+
+def _staged(views: Sequence[Tensor], stage: Tensor) -> Iterator[Tensor]:
+    """Places for tensors like `views`, one after the other in `stage`."""
+    at = 0
+    for view in views:
+        yield stage.narrow(0, at, view.numel()).view(view.shape)
         at += view.numel()
-    return [slice(*ends) for ends in pairwise([*starts, len(views)])], staged
 
 
 def _base(window: Window, wire: Tensor, slot: Slot) -> Tensor:
@@ -345,13 +355,16 @@ class ShardGradients:
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self._parts = parts
-        runs = merge(
-            Span(1, shard.stop - shard.start, (Window(number, offset, 0),))
-            for number, part in enumerate(parts)
-            for shard, offset in zip(part.shards, part.offsets, strict=True)
-            if not shard.replica
-        )
-        self._spans = list(_in_cache(runs, parts))
+        runs: list[list[int]] = []  # [part, end, begin], neighbours without padding between them as one
+        for number, part in enumerate(parts):
+            for (_, start, stop, replica), offset in zip(part.shards, part.offsets, strict=True):
+                if replica:
+                    continue
+                if not runs or runs[-1][:2] != [number, offset]:
+                    runs.append([number, offset, offset])
+                runs[-1][1] += stop - start
+        spans = [Span(1, end - begin, (Window(number, begin, 0),)) for number, end, begin in runs]
+        self._spans = list(_in_cache(spans, parts))
         self._places: list[int] = []
         self._views: list[Tensor] = []
 

@@ -116,11 +116,12 @@ class Collectives:
         if self.size == 1:
             return Pending(())
         flight = self._count("all_gather", _share(output, self.size))
-        parts = output.view(self.size, -1)
         if not self.direct:
-            work = all_gather_single(output, parts[self.rank], group=self.group, async_op=True)
+            own = output.numel() // self.size
+            mine = output[self.rank * own : (self.rank + 1) * own]
+            work = all_gather_single(output, mine, group=self.group, async_op=True)
             return Pending([work], output, flight=flight)
-        others = self._others()
+        parts, others = output.view(self.size, -1), self._others()
         works = self._messages({p: parts[self.rank] for p in others}, {p: parts[p] for p in others})
         return Pending(works, output, flight=flight)
 
@@ -241,4 +242,4 @@ class Collectives:
 
 def _share(tensor: Tensor, size: int) -> int:
     """Bytes of a tensor cut over `size` ranks that leave one of them."""
-    return tensor.numel() * tensor.element_size() * (size - 1) // size
+    return tensor.nbytes * (size - 1) // size

@@ -17,6 +17,7 @@ from distributed_muon.layout.matrices import TensorSpec, Whole
 from distributed_muon.layout.plan import STRATEGIES
 
 ALGORITHMS = ("muon", "adamw")
+_WHOLE = Whole()
 # What every group has, and what each algorithm reads beside that. AdamW's carry torch.optim.AdamW's names.
 _OF_EVERY_GROUP = ("algorithm", "lr", "weight_decay")
 _OF_ALGORITHM = {
@@ -188,7 +189,7 @@ def tensor_spec(
             f"parameter {name!r} of shape {shape} is no matrix: give its group algorithm='adamw', use "
             "muon_param_groups(model), or construct the optimizer before a wrapper flattens the model"
         )
-    spec = TensorSpec(name, shape, group["matrices"] or Whole())
+    spec = TensorSpec(name, shape, group["matrices"] or _WHOLE)
     spec.matrices()
     return spec
 

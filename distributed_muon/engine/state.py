@@ -86,28 +86,42 @@ def publish_all(parts: Iterable[Part]) -> None:
         torch._foreach_copy_([part.values for part in copied], [part.master for part in copied])
 
 
-def written(parts: Iterable[Part]) -> Tensor | None:
-    """Whether elements of the parameters do not follow from the masters, in few kernels and unknown to the host.
+class Copies:
+    """Parameters' elements beside masters of their own, to be compared in few kernels.
 
-    Returns:
-        () bool on the parts' device; None where no part has masters of its own.
+    Args:
+        parts: whose masters and values stay where they are.
     """
-    copied = [part for part in parts if part.has_copies]
-    length = _CHUNK if all(part.master.is_cpu for part in copied) else 8 * _CHUNK  # 64 MiB
-    runs = [run for part in copied for run in zip(part.values.split(length), part.master.split(length), strict=True)]
-    found = []
-    while runs:
-        some, total = [], 0
-        while runs and total + runs[-1][0].numel() <= length:
-            some.append(runs.pop())
-            total += some[-1][0].numel()
-        values, masters = zip(*some, strict=True)
-        flat = torch.empty(total, dtype=values[0].dtype, device=values[0].device)
-        rounded = flat.split([run.numel() for run in values])
-        torch._foreach_copy_(rounded, masters)
-        torch._foreach_sub_(rounded, values)
-        found.append(flat.any())  # a nan counts
-    return torch.stack(found).any() if found else None
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        copied = [part for part in parts if part.has_copies]
+        length = _CHUNK if all(part.master.is_cpu for part in copied) else 8 * _CHUNK  # 64 MiB
+        self._groups: list[tuple[list[Tensor], list[Tensor]]] = []
+        total = length
+        for part in copied:
+            for values, masters in zip(part.values.split(length), part.master.split(length), strict=True):
+                total += values.numel()
+                if total > length or values.dtype != self._groups[-1][0][0].dtype:
+                    self._groups.append(([], []))
+                    total = values.numel()
+                self._groups[-1][0].append(values)
+                self._groups[-1][1].append(masters)
+
+    def differ(self) -> Tensor | None:
+        """Whether elements of the parameters do not follow from the masters, unknown to the host.
+
+        Returns:
+            () bool on the parts' device; None where no part has masters of its own.
+        """
+        found = []
+        for values, masters in self._groups:
+            lengths = [run.numel() for run in values]
+            flat = values[0].new_empty(sum(lengths))
+            rounded = flat.split(lengths)
+            torch._foreach_copy_(rounded, masters)
+            torch._foreach_sub_(rounded, values)
+            found.append(flat.any())  # a nan counts
+        return torch.stack(found).any() if found else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +189,12 @@ def own_parameters(
     out = []
     for tensor, member in enumerate(members):
         part, shard, offset = places.get(tensor, (None, Shard(tensor, 0, 0), 0))
-        window = (0, offset, shard.stop - shard.start)
+        own = slice(offset, offset + shard.stop - shard.start)
         keys = MOMENTS[algorithms[tensor]]
-        state = {key: part.moments[key].narrow(*window) if part else nothing for key in keys}
+        state = {key: part.moments[key][own] if part else nothing for key in keys}
         if algorithms[tensor] == "adamw":
             state["step"] = torch.zeros(())
-        master = part.master.narrow(*window) if part else nothing
+        master = part.master[own] if part else nothing
         head = (member.spec.name, member.param, member.group, tensor)
         out.append(OwnedParameter(*head, shard.start, shard.stop, part, offset, master, state))
     return out

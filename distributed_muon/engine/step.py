@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -80,8 +81,8 @@ class ShardedStep:
         self.kernels = KernelTable.load(options.ns_table, device)
         lines = [f"options {options}", f"kernel table {self.kernels.source}"]
         lines += [*(f"group {i} {describe_group(g)}" for i, g in enumerate(param_groups))]
-        lines += [f"parameter {m.spec}, {m.param.dtype}, group {m.group}" for m in members]
-        check_same_everywhere(collectives, [*lines, *also])
+        each = (f"parameter {m.spec}, {m.param.dtype}, group {m.group}" for m in members)
+        check_same_everywhere(collectives, chain(lines, each, also))
         collectives.warm_up(device)
         self.ns_calls, self.measures = 0, Measures()
         self.times: Times | None = None

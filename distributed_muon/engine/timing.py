@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ class Times:
     def __init__(self) -> None:
         self._open: list[tuple[Any, torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: dict[Any, float] = defaultdict(float)
-        self._flights: dict[str, Counter[str]] = defaultdict(Counter)
+        self._flights: dict[str, dict[str, int]] = defaultdict(lambda: {"calls": 0, "bytes": 0})
 
     def add(self, kind: str, name: str, begin: Mark, end: Mark) -> None:
         """Count the span as `kind` ("phase", "flight" or "exposed") of `name`."""
@@ -32,9 +32,13 @@ class Times:
         if len(self._open) > _MOST_OPEN:
             self._close([span for span in self._open if span[2].query()])
 
-    def add_flight(self, label: str, sent_bytes: int) -> None:
-        """Count a collective that has landed."""
-        self._flights[label].update(calls=1, bytes=sent_bytes)
+    def add_flight(self, label: str, sent_bytes: int, begin: Mark, wait: Mark, end: Mark) -> None:
+        """Count a collective that was under way from `begin` and waited for from `wait`; both until `end`."""
+        self.add("exposed", label, wait, end)
+        self.add("flight", label, begin, end)
+        counts = self._flights[label]
+        counts["calls"] += 1
+        counts["bytes"] += sent_bytes
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase; waits for CUDA work that was timed."""
@@ -87,11 +91,9 @@ class StepTimer:
         taken, self._times = self._times, Times()
         return taken
 
-    @contextmanager
-    def __call__(self, phase: str, of: str = "") -> Iterator[None]:
+    def __call__(self, phase: str, of: str = "") -> Phase:
         """Time a phase; its range in the profile says of what it is, such as "update: wave 2, ..."."""
-        with named_range(f"{phase}: {of}" if of else phase), self._span("phase", phase):
-            yield
+        return Phase(self, phase, of)
 
     def flight(self, label: str, sent_bytes: int) -> Flight:
         """Call when a collective starts.
@@ -109,27 +111,36 @@ class StepTimer:
         event.record()
         return event
 
-    @contextmanager
-    def _span(self, kind: str, name: str) -> Iterator[None]:
-        begin = self.mark()
-        try:
-            yield
-        finally:
-            self._times.add(kind, name, begin, self.mark())
+
+class Phase:
+    """One phase of a step, around its work."""
+
+    def __init__(self, timer: StepTimer, phase: str, of: str) -> None:
+        self._timer, self._phase = timer, phase
+        self._range = named_range(f"{phase}: {of}" if of else phase)
+
+    def __enter__(self) -> None:
+        self._range.__enter__()
+        self._begin = self._timer.mark()
+
+    def __exit__(self, *error: object) -> None:
+        self._timer._times.add("phase", self._phase, self._begin, self._timer.mark())
+        self._range.__exit__(*error)
 
 
 class Flight:
-    """One collective under way."""
+    """One collective under way; `with flight.landing(): ...` around the wait for it."""
 
     def __init__(self, timer: StepTimer, label: str, sent_bytes: int) -> None:
         self._timer, self._label, self._bytes = timer, label, sent_bytes
         self._begin = timer.mark()
 
-    @contextmanager
-    def landing(self) -> Iterator[None]:
+    def landing(self) -> Flight:
         """Around the wait for it."""
-        with self._timer._span("exposed", self._label):
-            yield
-        times = self._timer._times
-        times.add("flight", self._label, self._begin, self._timer.mark())
-        times.add_flight(self._label, self._bytes)
+        return self
+
+    def __enter__(self) -> None:
+        self._wait = self._timer.mark()
+
+    def __exit__(self, *error: object) -> None:
+        self._timer._times.add_flight(self._label, self._bytes, self._begin, self._wait, self._timer.mark())

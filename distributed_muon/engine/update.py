@@ -54,10 +54,7 @@ def pack_momentum(
         grads, momenta: fp32, not written. targets: of the wire's dtype, equal shapes.
         staged: fp32 temporaries of these shapes, if there are some.
     """
-    if nesterov and targets and momenta[0].device.type == "cpu":  # one temporary at a time: it stays in the cache
-        for grad, momentum, target in zip(grads, momenta, targets, strict=True):
-            target.copy_(torch.lerp(grad, momentum, mu))
-    elif nesterov and staged:
+    if nesterov and staged:
         torch._foreach_copy_(staged, grads)
         torch._foreach_lerp_(staged, momenta, mu)
         torch._foreach_copy_(targets, staged)

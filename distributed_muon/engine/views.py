@@ -12,7 +12,7 @@ from torch import Tensor
 from distributed_muon.layout.memory import STAGE
 
 # Elements of the four tensors of an AdamW update that a core's cache holds at a time.
-_CACHE = 1 << 16
+CACHE = 1 << 16
 
 
 class Window(NamedTuple):
@@ -40,7 +40,7 @@ class Span(NamedTuple):
 
 def cached(run: Span, device: torch.device) -> Iterator[Span]:
     """A run, in lengths whose temporaries stay small: on the CPU in a core's cache from one operation to the next."""
-    length = _CACHE if device.type == "cpu" else STAGE
+    length = CACHE if device.type == "cpu" else STAGE
     if run.rows > 1 or run.cols <= length:
         yield run
         return

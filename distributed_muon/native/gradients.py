@@ -10,6 +10,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import compress, count
+from operator import is_not
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from distributed_muon.engine.collectives import Collectives, Pending
 from distributed_muon.engine.options import nearest
 from distributed_muon.engine.state import OwnedParameter
-from distributed_muon.engine.timing import StepTimer
+from distributed_muon.engine.timing import StepTimer, named_range
 from distributed_muon.native.buckets import FlatBucket
 from distributed_muon.native.standin import MovedGradient
 
@@ -145,10 +147,6 @@ class GradientReducer:
         finally:
             self.syncing = before
 
-    def has_gradient(self, tensor: int) -> bool:
-        """Whether this rank has a gradient of the tensor since the last zero_grad()."""
-        return self._params[tensor].grad is not None
-
     @torch.no_grad()
     def _launch(self, index: int) -> None:
         if (before := self._pending.pop(index, None)) is not None:
@@ -156,11 +154,11 @@ class GradientReducer:
         bucket = self._buckets[index]
         for tensor in bucket.spec.tensors:
             self._absorb(tensor)
-            self._sent[tensor] = self.has_gradient(tensor)
-            if not self._sent[tensor]:
+            self._sent[tensor] = self._params[tensor].grad
+            if self._sent[tensor] is None:
                 self._views[tensor].zero_()
         while not self._is_free():
-            self._wait(next(iter(self._pending)))
+            self._wait([next(iter(self._pending))])
         self._pending[index] = bucket.reduce_scatter(self._dtype)
         self._sums.add(index)
         self._launched = max(self._launched, index + 1)
@@ -177,34 +175,35 @@ class GradientReducer:
     def _is_free(self) -> bool:
         if not self._buckets[0].copies_gradient(self._dtype):
             return True
-        for index in [index for index, pending in self._pending.items() if pending.is_completed()]:
-            self._wait(index)
+        self._wait([index for index, pending in self._pending.items() if pending.is_completed()])
         return len(self._pending) < _MOST_COPIES
 
-    def _wait(self, index: int) -> None:
-        with self._timer("reduce_scatter_wait", self._buckets[index].title):
-            self._pending.pop(index).wait()
+    def _wait(self, indices: Sequence[int]) -> None:
+        if not indices:
+            return
+        with self._timer("reduce_scatter_wait"):
+            for index in indices:
+                with named_range(self._buckets[index].title):
+                    self._pending.pop(index).wait()
 
-    def finish(self) -> list[bool]:
+    def finish(self) -> tuple[list[bool], list[bool]]:
         """Start what has not started and wait for all; collective over the DP group, in bucket order.
 
         Returns:
-            Per bucket, whether gradients arrived, went or were replaced after it was reduced; such buckets must be
-            reduced again, on every rank.
+            Per tensor, whether this rank has a gradient. Per bucket, whether gradients arrived, went or were replaced
+            after it was reduced; such buckets must be reduced again, on every rank.
         """
         while self._launched < len(self._buckets):
             self._launch(self._launched)
         self.wait()
-        for tensor, param in enumerate(self._params):
-            kept = param.grad is self._moved[tensor]
-            if kept != self._sent[tensor] or (param.grad is not None and not kept):
-                self._stale[self._bucket_of[tensor]] = True
-        return list(self._stale)
+        grads = [param.grad for param in self._params]
+        for tensor in compress(count(), map(is_not, grads, self._sent)):
+            self._stale[self._bucket_of[tensor]] = True
+        return [grad is not None for grad in grads], list(self._stale)
 
     def wait(self) -> None:
         """Wait for the reduce-scatters that have started, and make means of their sums."""
-        for index in list(self._pending):
-            self._wait(index)
+        self._wait(list(self._pending))
         if self._sums:
             torch._foreach_div_([self._buckets[index].part.grad for index in self._sums], self._buckets[0].ranks)
             self._sums.clear()
@@ -234,7 +233,7 @@ class GradientReducer:
         """Be ready for the next step; gradients that are not dropped accumulate on, as in torch.optim."""
         self._launched = 0
         self._missing = [set(bucket.spec.tensors) for bucket in self._buckets]
-        self._sent = [False] * len(self._params)
+        self._sent: list[Tensor | None] = [None] * len(self._params)  # what p.grad was: its stand-in, or none
         self._stale = [False] * len(self._buckets)
         self.closed = False
 

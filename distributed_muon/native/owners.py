@@ -10,11 +10,11 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from distributed_muon.engine.collectives import Collectives
 
-_OWNERS = WeakTensorKeyDictionary()
+# By optimizer, the ids of its parameters, which live as long as it does.
+_OWNED: weakref.WeakKeyDictionary[Any, set[int]] = weakref.WeakKeyDictionary()
 
 
 def check_launch() -> None:
@@ -34,18 +34,18 @@ def take_over(named: Iterable[tuple[str, nn.Parameter]], optimizer: Any) -> None
         ValueError: two parameters lie in the same memory, so that their tie would be cut silently.
     """
     named = list(named)
-    spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name) for name, p in named)
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, name) for name, p in named)
     for (_, end, first), (begin, _, second) in pairwise(spans):
         if begin < end:
             raise ValueError(
                 f"parameters {first!r} and {second!r} share memory: tie them by assigning the same nn.Parameter to "
                 "both modules"
             )
-    for _, param in named:
-        before = _OWNERS[param]() if param in _OWNERS else None
-        if before is not None and before is not optimizer:
+    own = {id(param) for _, param in named}
+    for before, held in list(_OWNED.items()):
+        if not own.isdisjoint(held):
             before.close()
-        _OWNERS[param] = weakref.ref(optimizer)
+    _OWNED[optimizer] = own
 
 
 def release_later(optimizer: Any, hooked: Sequence[Any], collectives: Sequence[Collectives]) -> weakref.finalize:

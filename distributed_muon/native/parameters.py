@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.state import written
+from distributed_muon.engine.state import Copies
 from distributed_muon.native.buckets import FlatBucket
 from distributed_muon.native.gather import ParameterGatherer
 
@@ -36,7 +36,8 @@ class LinkedParameters:
     ) -> None:
         self._buckets, self._params, self._names = buckets, params, names
         self._gatherer, self._collectives = gatherer, collectives
-        self._places = [places.get(name, ({}, name)) for name in names]
+        self._held = [(param, name, *places[name]) for param, name in zip(params, names, strict=True) if name in places]
+        self._copies = Copies(bucket.part for bucket in buckets)
         self.behind = False
 
     @torch.no_grad()
@@ -56,7 +57,7 @@ class LinkedParameters:
             What cannot be taken over, in words.
         """
         self._gatherer.wait()
-        for name, (held, leaf), param in zip(self._names, self._places, self._params, strict=True):
+        for param, name, held, leaf in self._held:
             if held.get(leaf, param) is not param:
                 return (
                     f"parameter {name!r} of the model was replaced by another nn.Parameter, as load_state_dict("
@@ -78,7 +79,7 @@ class LinkedParameters:
 
     def written(self) -> torch.Tensor | None:
         """Whether anything was written into the parameters since the last step; () bool, None where masters see it."""
-        return written(bucket.part for bucket in self._buckets)
+        return self._copies.differ()
 
     @torch.no_grad()
     def follow(self) -> None:
