@@ -95,19 +95,20 @@ def written(parts: Iterable[Part]) -> Tensor | None:
     copied = [part for part in parts if part.has_copies]
     length = _CHUNK if all(part.master.is_cpu for part in copied) else 8 * _CHUNK  # 64 MiB
     runs = [run for part in copied for run in zip(part.values.split(length), part.master.split(length), strict=True)]
-    found = []
+    if not runs:
+        return None
+    flat, found = runs[0][0].new_empty(min(length, sum(run.numel() for run, _ in runs))), []
     while runs:
         some, total = [], 0
         while runs and total + runs[-1][0].numel() <= length:
             some.append(runs.pop())
             total += some[-1][0].numel()
         values, masters = zip(*some, strict=True)
-        flat = torch.empty(total, dtype=values[0].dtype, device=values[0].device)
-        rounded = flat.split([run.numel() for run in values])
+        rounded = flat[:total].split([run.numel() for run in values])
         torch._foreach_copy_(rounded, masters)
         torch._foreach_sub_(rounded, values)
-        found.append(flat.any())  # a nan counts
-    return torch.stack(found).any() if found else None
+        found.append(flat[:total].any())  # a nan counts
+    return torch.stack(found).any()
 
 
 @dataclass(frozen=True, eq=False)
