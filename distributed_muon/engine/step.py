@@ -115,7 +115,7 @@ class ShardedStep:
         place = self.parts[0].master.device if self.parts else self.device
         self.parameters: list[OwnedParameter] = own_parameters(self.members, algorithms, parts, place)
         self._schedule = self.plan.schedule(self.collectives.rank)
-        sizes = slot_elements(self.plan, self.device.type)[:, self.collectives.rank].tolist()
+        sizes = slot_elements(self.plan)[:, self.collectives.rank].tolist()
         self._workspace = Workspace(sizes, options.ns_dtype, self.device)
         teams = list(dict.fromkeys(self.plan.teams.values()))
         self.teams = self.collectives.subgroups(teams, "team") if teams else {}

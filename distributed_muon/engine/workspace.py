@@ -38,16 +38,15 @@ class Workspace:
             but the stage's dtype.
 
     Attributes:
-        scratch: 1-D, in the dtype of Newton-Schulz, for its work buffers; the stage is the same memory.
+        scratch: 1-D, in the dtype of Newton-Schulz, for its work buffers; the stage is the same memory. None on the
+            CPU, where it is not held beside what else a step allocates, and where nothing is orthogonalized.
     """
 
     def __init__(self, sizes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> None:
         self._slots = []
-        *_, staged, worked = map(max, zip(*sizes, strict=True)) if sizes else (0, 0)
-        staged = 0 if device.type == "cpu" else staged
-        words = scratch_bytes(staged, worked, dtype.itemsize) // 4
-        shared = torch.empty(words, dtype=torch.float32, device=device)
-        self.scratch, stage = shared.view(dtype), shared.narrow(0, 0, staged)
+        *_, staged, worked = map(max, zip(*sizes, strict=True)) if sizes and device.type != "cpu" else (0, 0)
+        shared = torch.empty(scratch_bytes(staged, worked, dtype.itemsize) // 4, dtype=torch.float32, device=device)
+        self.scratch, stage = shared.view(dtype) if worked else None, shared.narrow(0, 0, staged)
         for first in range(min(IN_FLIGHT, len(sizes))):
             own = [max(n) for n in zip(*sizes[first::IN_FLIGHT], strict=True)][:3]
             self._slots.append(Slot(*(torch.empty(n, dtype=dtype, device=device) for n in own), stage))

@@ -2,8 +2,8 @@
 
 `ShardedStep.step` holds a workspace for its whole length: a few slots, which waves take in turn, and one scratch for
 whatever operation is under way, be it Newton-Schulz of a batch or the fp32 temporaries of packing and updating. On an
-accelerator nothing else counts but what a team's Newton-Schulz allocates: AdamW is one fused kernel. (On a CPU fp32
-temporaries have the size of a core's cache.) What adapters allocate, such as gradient buckets, is theirs to say.
+accelerator nothing else counts but what a team's Newton-Schulz allocates: AdamW is one fused kernel. (On a CPU there is
+no scratch: batches are small, and fp32 temporaries have the size of a core's cache.) What adapters allocate, such as gradient buckets, is theirs to say.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ BATCH_NUMEL = {"cpu": 2**18, "accelerator": 2**26}
 _ALIGNED = 32
 
 
-def slot_elements(plan: Plan, device_type: str = "accelerator") -> np.ndarray:
+def slot_elements(plan: Plan) -> np.ndarray:
     """Elements that every wave needs of the workspace, on every rank of the domain.
 
     Returns:
         (waves, ranks, 5) int64: whole matrices at their home; the wire at the holders' end; the wire at the homes'
-        end; fp32 temporaries, where there is a stage for them; Newton-Schulz of whole matrices.
+        end; and on an accelerator fp32 temporaries; Newton-Schulz of whole matrices.
     """
     world, pieces, numel = plan.layout.world, plan.layout.columns, plan.layout.columns.numel
     matrices = np.repeat(np.arange(len(plan.homes)), plan.home_count)
@@ -58,7 +58,7 @@ def slot_elements(plan: Plan, device_type: str = "accelerator") -> np.ndarray:
     for short, long in set(map(tuple, sides[whole_matrix].tolist())):
         chosen = (whole_matrix & (sides == (short, long)).all(axis=1))[matrices]
         count = add(plan.wave_of[matrices][chosen], homes[chosen], np.int64(1))
-        gram, batch = cost.form_of(short, long) == "gram", batch_size(short * long, cost.form, device_type)
+        gram, batch = cost.form_of(short, long) == "gram", batch_size(short * long, cost.form)
         scratch = np.maximum(scratch, newton_schulz_elements(short, long, count, gram, batch))
     wires = np.maximum(sent, back), np.maximum(received, returned)
     return np.stack([at_home, *wires, np.minimum(held, longest), scratch], -1)
@@ -83,7 +83,7 @@ def transient_bytes_by_rank(plan: Plan) -> list[int]:
     return (total + above).tolist()
 
 
-def batch_size(numel: int, ns_form: str, device_type: str) -> int:
+def batch_size(numel: int, ns_form: str, device_type: str = "accelerator") -> int:
     """Matrices of `numel` elements that are multiplied at once; "standard" takes them one by one, as torch does."""
     most = BATCH_NUMEL["cpu" if device_type == "cpu" else "accelerator"]
     return 1 if ns_form == "standard" else max(1, most // numel)
