@@ -243,13 +243,14 @@ def _gram(
         products.xxt(x, out=r)
         a, b, c = table[first]
         products.addmm(r, r, r, beta=b, alpha=c, out=z)
+        out = buffers[first // 2 % 2]
+        if first + 1 == len(table):
+            return addmm(x, z, x, beta=a, out=out)
         q.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
-        if first + 1 < len(table):
-            products.addmm(r, r, z, beta=a, out=spare)
-            products.addmm(spare, z, spare, beta=a, out=r)
-            a, b, c = table[first + 1]
-            products.addmm(r, r, r, beta=b, alpha=c, out=z)
-            products.addmm(q, q, z, beta=a, out=spare)
-            q, spare = spare, q
-        x = mm(q, x, out=buffers[first // 2 % 2])
+        products.addmm(r, r, z, beta=a, out=spare)
+        products.addmm(spare, z, spare, beta=a, out=r)
+        a, b, c = table[first + 1]
+        products.addmm(r, r, r, beta=b, alpha=c, out=z)
+        products.addmm(q, q, z, beta=a, out=spare)
+        x = mm(spare, x, out=out)
     return x

@@ -18,7 +18,7 @@ class Slot(NamedTuple):
         matrices: whole matrices at their home, stack after stack: the gathered input, then the output.
         held: the wire at the holders' end: pieces sent to homes, later the results received.
         home: the wire at the homes' end: pieces received, later the results sent back.
-        stage: fp32, in the scratch, for what an operation leaves to the next one at once; empty on the CPU.
+        stage: fp32, the scratch, for what an operation leaves to the next one at once; empty on the CPU.
     """
 
     matrices: Tensor
@@ -46,7 +46,7 @@ class Workspace:
         self._slots = []
         *_, staged, worked = map(max, zip(*sizes, strict=True)) if sizes and device.type != "cpu" else (0, 0)
         shared = torch.empty(scratch_bytes(staged, worked, dtype.itemsize) // 4, dtype=torch.float32, device=device)
-        self.scratch, stage = shared.view(dtype) if worked else None, shared.narrow(0, 0, staged)
+        self.scratch, stage = shared.view(dtype) if worked else None, shared if staged else shared[:0]
         for first in range(min(IN_FLIGHT, len(sizes))):
             own = [max(n) for n in zip(*sizes[first::IN_FLIGHT], strict=True)][:3]
             self._slots.append(Slot(*(torch.empty(n, dtype=dtype, device=device) for n in own), stage))

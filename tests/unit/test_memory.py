@@ -114,9 +114,9 @@ def test_slots_are_as_large_as_what_travels() -> None:
     assert [(buffer.numel(), buffer.dtype) for buffer in on_meta.slot(1)[1:]] == [
         (5, torch.bfloat16),
         (6, torch.bfloat16),
-        (9, torch.float32),
-    ], "one stage for all slots"
-    assert on_meta.scratch.numel() == 20, "bf16 elements in the memory of nine fp32 ones, rounded up to 8 bytes"
+        (10, torch.float32),
+    ], "one stage for all slots, rounded up to 8 bytes"
+    assert on_meta.scratch.numel() == 20, "in the same memory"
     workspace = Workspace(sizes, torch.bfloat16, torch.device("cpu"))
     slots = [workspace.slot(number) for number in range(3)]
     assert workspace.slot(3) is slots[0]
