@@ -185,7 +185,8 @@ def _normalize(stacks: Sequence[Tensor], scaled: Tensor, out: Tensor, eps: float
     for stack, scale, target in zip(stacks, scales, _apart(scaled, stacks), strict=True):
         torch.mul(stack, scale, out=target)
     wide = torch.float32 if out.dtype == torch.float16 else out.dtype  # whose largest number a norm may exceed
-    norm = torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True, dtype=wide)
+    norm = largest if exact == wide else largest.to(wide)  # memory of this shape
+    torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True, dtype=wide, out=norm)
     torch.div(scaled, norm.clamp_(min=max(eps, _TINY)), out=out)
 
 
