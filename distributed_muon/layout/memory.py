@@ -3,7 +3,8 @@
 `ShardedStep.step` holds a workspace for its whole length: a few slots, which waves take in turn, and one scratch for
 whatever operation is under way, be it Newton-Schulz of a batch or the fp32 temporaries of packing and updating. On an
 accelerator nothing else counts but what a team's Newton-Schulz allocates: AdamW is one fused kernel. (On a CPU there is
-no scratch: batches are small, and fp32 temporaries have the size of a core's cache.) What adapters allocate, such as gradient buckets, is theirs to say.
+no scratch: batches are small, and fp32 temporaries have the size of a core's cache.) What adapters allocate, such as
+gradient buckets, is theirs to say.
 """
 
 from __future__ import annotations

@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_muon.engine import newton_schulz
 from distributed_muon.engine.coefficients import COEFFICIENTS, coefficient_table
-from distributed_muon.engine.newton_schulz import orthogonalize, power_of_two_scale_
+from distributed_muon.engine.newton_schulz import orthogonalize, orthogonalize_stacks, power_of_two_scale_
+from distributed_muon.kernels.table import KernelTable
 from distributed_muon.layout import memory
 from distributed_muon.layout.cost_model import choose_form, ns_flops
+from distributed_muon.layout.memory import newton_schulz_elements
 
 KELLER = (3.4445, -4.7750, 2.0315)
 SQUARE = ((1, 1), (2, 2), (18, 18), (64, 64), (128, 128), (257, 257))
@@ -316,6 +318,27 @@ def test_batches_cover_the_stack_and_its_remainder(monkeypatch, shape):
     for batch in (1, 3, 4, 10):
         monkeypatch.setitem(memory.BATCH_NUMEL, "cpu", batch * shape[1] * shape[2])
         torch.testing.assert_close(orthogonalize(stack, dtype=torch.float32), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 6])
+@pytest.mark.parametrize("sides", [(24, 30), (8, 40)], ids=str)  # the standard form, and "gram"
+@pytest.mark.parametrize("batch", [2, 4, 100])
+def test_wide_and_tall_stacks_share_batches_in_place(monkeypatch, batch, sides, steps):
+    monkeypatch.setitem(memory.BATCH_NUMEL, "cpu", batch * math.prod(sides))
+    table, kernels = coefficient_table("quintic", steps), KernelTable("cpu", "nothing", ())
+    stacks = [randn(3, *sides), randn(4, *sides[::-1], seed=1), randn(1, *sides, seed=2)]
+    expected = torch.cat([orthogonalize(stack, steps=steps, dtype=torch.float64).view(-1) for stack in stacks])
+    flat = torch.cat([stack.double().view(-1) for stack in stacks])
+    parts = flat.split([stack.numel() for stack in stacks])
+    views = [part.view(stack.shape) for part, stack in zip(parts, stacks, strict=True)]
+    needed = newton_schulz_elements(*sides, 8, choose_form(*sides, steps) == "gram", batch)
+    scratch = torch.full((needed + 32,), math.nan, dtype=torch.float64)
+    orthogonalize_stacks(views, flat, table, form="auto", eps=1e-7, kernels=kernels, scratch=scratch)
+    torch.testing.assert_close(flat, expected, rtol=0, atol=1e-9)
+    assert scratch[needed:].isnan().all() and not scratch[:needed].isnan().all()
+    only_wide = views[0].clone()
+    orthogonalize_stacks([only_wide], only_wide.view(-1), table, form="auto", eps=1e-7, kernels=kernels)
+    torch.testing.assert_close(only_wide, orthogonalize(views[0], steps=steps, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("form", "products"), [("auto", 15), ("standard", 15 * 16)])
