@@ -54,18 +54,30 @@ class Views:
 
 @dataclass
 class Stack:
-    """Matrices of one shape and one set of options at their home.
+    """Matrices of one shape at their home.
 
     Args:
-        matrices: their numbers. whole: (matrices, rows, cols), input and output. table, eps: of the iteration.
-        ratio: factor on the learning rate. team: ranks that share the one matrix of a block; empty for whole matrices.
+        matrices: their numbers. whole: (matrices, rows, cols), input and output. ratio: factor on the learning rate.
     """
 
     matrices: list[int]
     whole: Tensor
+    ratio: float
+
+
+@dataclass
+class Batch:
+    """Stacks that are orthogonalized together: of the same two sides, either way round, and the same options.
+
+    Args:
+        stacks: one after the other in `memory`, 1-D. table, eps: of the iteration.
+        team: ranks that share the one matrix of a block; empty for whole matrices.
+    """
+
+    stacks: list[Stack]
+    memory: Tensor
     table: Table
     eps: float
-    ratio: float
     team: tuple[int, ...] = ()
 
 
@@ -86,7 +98,7 @@ class BoundWave:
     copies: tuple[list[Tensor], list[Tensor]]
     to_homes: Shipment
     unpacked: tuple[list[Tensor], list[Tensor]]
-    stacks: list[Stack]
+    batches: list[Batch]
     returned: tuple[list[Tensor], list[Tensor]]
     from_homes: Shipment
     updates: list[tuple[float, Views]]
@@ -183,7 +195,7 @@ class Binding:
         return record.group, record.state["step"].item() if "step" in record.state else None
 
     def _wave(self, number: int, wave: Wave, slot: Slot) -> BoundWave:
-        stacks, homes = self._stacks(wave, slot)
+        batches, homes = self._batches(wave, slot)
         packed, copies = self._packed(wave, slot, homes)
         names = [self._plan.layout.tensors[self._tensor_of[matrix]].name for matrix in homes]
         sent = sum(wave.gather.send_counts) + sum(wave.scatter.send_counts)
@@ -193,37 +205,37 @@ class Binding:
             copies,
             Shipment(wave.gather, self._collectives, slot.held, slot.home, "to_homes"),
             self._moved(wave.gather.recv, slot, homes),
-            stacks,
+            batches,
             self._moved(wave.scatter.send, slot, homes)[::-1],
             Shipment(wave.scatter, self._collectives, slot.home, slot.held, "from_homes"),
             self._updates(wave, slot, homes),
         )
 
-    def _stacks(self, wave: Wave, slot: Slot) -> tuple[list[Stack], dict[int, int]]:
+    def _batches(self, wave: Wave, slot: Slot) -> tuple[list[Batch], dict[int, int]]:
         """Active matrices at their home, and the element of `slot.matrices` at which each begins."""
         layout = self._plan.layout
         order = {piece.matrix: self._source(piece) for piece in reversed(wave.held)}
-        alike: dict[Any, list[int]] = defaultdict(list)
+        alike: dict[Any, dict[Any, list[int]]] = defaultdict(lambda: defaultdict(list))
         for matrix in (matrix for stack in (*wave.stacks, wave.blocks) for matrix in stack):
             if self._active[self._tensor_of[matrix]]:
-                group = self._groups[self._owned[self._tensor_of[matrix]].group]
+                group, shape = self._groups[self._owned[self._tensor_of[matrix]].group], layout.matrices[matrix].shape
                 table = coefficient_table(group["ns_coefficients"], group["ns_steps"])
-                ratio = _ratio(group, layout.matrices[matrix].logical_shape)
                 team = self._plan.teams.get(matrix, ())
-                alike[layout.matrices[matrix].shape, table, group["eps"], ratio, team, matrix if team else None].append(
-                    matrix
-                )
-        stacks, homes, at = [], {}, 0
-        for (shape, *options, team, _), matrices in alike.items():
-            # In the order in which their own elements lie here, so that neighbours are copied in one run.
-            matrices.sort(key=lambda matrix: order.get(matrix, (len(self._parts), matrix)))
-            numel = shape[0] * shape[1]
-            for matrix in matrices:
-                homes[matrix] = at
-                at += numel
-            whole = slot.matrices.narrow(0, at - numel * len(matrices), numel * len(matrices))
-            stacks.append(Stack(matrices, whole.view(len(matrices), *shape), *options, team))
-        return stacks, homes
+                key = table, group["eps"], team, matrix if team else None, *sorted(shape)
+                alike[key][shape, _ratio(group, layout.matrices[matrix].logical_shape)].append(matrix)
+        batches, homes, at = [], {}, 0
+        for (table, eps, team, *_), by_shape in alike.items():
+            stacks, begin = [], at
+            for (shape, ratio), matrices in by_shape.items():
+                # In the order in which their own elements lie here, so that neighbours are copied in one run.
+                matrices.sort(key=lambda matrix: order.get(matrix, (len(self._parts), matrix)))
+                for matrix in matrices:
+                    homes[matrix] = at
+                    at += shape[0] * shape[1]
+                whole = slot.matrices[homes[matrices[0]] : at].view(len(matrices), *shape)
+                stacks.append(Stack(matrices, whole, ratio))
+            batches.append(Batch(stacks, slot.matrices[begin:at], table, eps, team))
+        return batches, homes
 
     def _packed(
         self, wave: Wave, slot: Slot, homes: Mapping[int, int]

@@ -106,6 +106,7 @@ class Copies:
                     total = values.numel()
                 self._groups[-1][0].append(values)
                 self._groups[-1][1].append(masters)
+        self._longest = max((sum(run.numel() for run in values) for values, _ in self._groups), default=0)
 
     def differ(self) -> Tensor | None:
         """Whether elements of the parameters do not follow from the masters, unknown to the host.
@@ -113,14 +114,15 @@ class Copies:
         Returns:
             () bool on the parts' device; None where no part has masters of its own.
         """
-        found = []
+        found, flat = [], None
         for values, masters in self._groups:
             lengths = [run.numel() for run in values]
-            flat = values[0].new_empty(sum(lengths))
-            rounded = flat.split(lengths)
+            if flat is None or flat.dtype != values[0].dtype:
+                flat = values[0].new_empty(self._longest)
+            rounded = flat[: sum(lengths)].split(lengths)
             torch._foreach_copy_(rounded, masters)
             torch._foreach_sub_(rounded, values)
-            found.append(flat.any())  # a nan counts
+            found.append(flat[: sum(lengths)].any())  # a nan counts
         return torch.stack(found).any() if found else None
 
 

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from distributed_muon.engine.agreement import Agreement, check_same_everywhere
-from distributed_muon.engine.binding import Binding, BoundWave, ShardGradients, Stack
+from distributed_muon.engine.binding import Batch, Binding, BoundWave, ShardGradients
 from distributed_muon.engine.collectives import Collectives
 from distributed_muon.engine.measure import Measures
-from distributed_muon.engine.newton_schulz import orthogonalize
+from distributed_muon.engine.newton_schulz import orthogonalize_stacks
 from distributed_muon.engine.options import Options, describe_group
 from distributed_muon.engine.state import Member, OwnedParameter, Part, own_parameters
 from distributed_muon.engine.team import orthogonalize_block
@@ -180,8 +180,8 @@ class ShardedStep:
             wave.to_homes.wait()
         with self.timer("newton_schulz", wave.title):
             _copy(*wave.unpacked)
-            for stack in wave.stacks:
-                self._orthogonalize(stack)
+            for batch in wave.batches:
+                self._orthogonalize(batch)
         with self.timer("scatter_pack", wave.title):
             _copy(*wave.returned)
         wave.from_homes.start()
@@ -194,19 +194,21 @@ class ShardedStep:
                 for some in views.chunks:
                     apply_update(views.masters[some], views.others[some], lr, ratio, views.staged[some])
 
-    def _orthogonalize(self, stack: Stack) -> None:
-        """Newton-Schulz of (matrices, rows, cols), or of this rank's block of one matrix, in place."""
-        options = {"coefficients": stack.table, "dtype": self.options.ns_dtype, "eps": stack.eps}
-        shape = self.plan.layout.matrices[stack.matrices[0]].logical_shape
-        if stack.team:
-            team, (block,) = self.teams[stack.team], stack.whole
-            block.copy_(orthogonalize_block(block, shape[0] > shape[1], team, **options))
+    def _orthogonalize(self, batch: Batch) -> None:
+        """Newton-Schulz of stacks, or of this rank's block of one matrix, in place."""
+        logical = [self.plan.layout.matrices[stack.matrices[0]].logical_shape for stack in batch.stacks]
+        if batch.team:
+            team, ((block,),) = self.teams[batch.team], [stack.whole for stack in batch.stacks]
+            tall, options = logical[0][0] > logical[0][1], {"dtype": self.options.ns_dtype, "eps": batch.eps}
+            block.copy_(orthogonalize_block(block, tall, team, coefficients=batch.table, **options))
             self.ns_calls += team.rank == 0
         else:
-            options |= {"steps": len(stack.table), "form": self.options.ns_form, "kernels": self.kernels}
-            orthogonalize(stack.whole, **options, out=stack.whole)
-            self.ns_calls += len(stack.matrices)
-        self.measures.take(stack.matrices, stack.whole, shape, stack.ratio)
+            options = {"form": self.options.ns_form, "eps": batch.eps, "kernels": self.kernels}
+            stacks, scratch = [stack.whole for stack in batch.stacks], self._workspace.scratch
+            orthogonalize_stacks(stacks, batch.memory, batch.table, scratch=scratch, **options)
+            self.ns_calls += sum(map(len, stacks))
+        for stack, shape in zip(batch.stacks, logical, strict=True):
+            self.measures.take(stack.matrices, stack.whole, shape, stack.ratio)
 
     def _adamw(self, bound: Binding) -> None:
         with self.timer("adamw"):

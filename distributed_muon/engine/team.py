@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distributed_muon.engine.collectives import Collectives
-from distributed_muon.engine.newton_schulz import power_of_two_scale
+from distributed_muon.engine.newton_schulz import power_of_two_scale_
 
 
 def orthogonalize_block(
@@ -40,7 +40,7 @@ def orthogonalize_block(
     x = (block.mT if tall else block).float()
     biggest = x.abs().amax() if x.numel() else x.new_zeros(())
     biggest = team.all_reduce(biggest.reshape(1), maximum=True)
-    x = x * power_of_two_scale(biggest)
+    x = x * power_of_two_scale_(biggest)
     norm = team.all_reduce(x.square().sum().reshape(1)).sqrt().clamp(min=eps)
     x = (x / norm).to(dtype)
     short = x.shape[0]

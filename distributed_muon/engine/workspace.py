@@ -1,4 +1,4 @@
-"""Memory of the waves in flight: three slots that take turns, allocated for the length of a step."""
+"""Memory of a step, allocated for its length: three slots that waves in flight take in turn, and a scratch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distributed_muon.layout.memory import IN_FLIGHT
+from distributed_muon.layout.memory import IN_FLIGHT, scratch_bytes
 
 
 class Slot(NamedTuple):
@@ -18,7 +18,7 @@ class Slot(NamedTuple):
         matrices: whole matrices at their home, stack after stack: the gathered input, then the output.
         held: the wire at the holders' end: pieces sent to homes, later the results received.
         home: the wire at the homes' end: pieces received, later the results sent back.
-        stage: fp32, of all slots together, for what an operation leaves to the next one at once; empty on the CPU.
+        stage: fp32, the scratch, for what an operation leaves to the next one at once; empty on the CPU.
     """
 
     matrices: Tensor
@@ -34,15 +34,21 @@ class Workspace:
     held; views made once are good in every step.
 
     Args:
-        sizes: per wave, the elements of each of a Slot's buffers. dtype, device: of all but the stage's dtype.
+        sizes: per wave, the elements of each of a Slot's buffers, and those of Newton-Schulz. dtype, device: of all
+            but the stage's dtype.
+
+    Attributes:
+        scratch: 1-D, in the dtype of Newton-Schulz, for its work buffers; the stage is the same memory. None on the
+            CPU, where it is not held beside what else a step allocates, and where nothing is orthogonalized.
     """
 
-    def __init__(self, sizes: Sequence[tuple[int, int, int, int]], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> None:
         self._slots = []
-        staged = 0 if device.type == "cpu" else max((size[-1] for size in sizes), default=0)
-        stage = torch.empty(staged, dtype=torch.float32, device=device)
+        *_, staged, worked = map(max, zip(*sizes, strict=True)) if sizes and device.type != "cpu" else (0, 0)
+        shared = torch.empty(scratch_bytes(staged, worked, dtype.itemsize) // 4, dtype=torch.float32, device=device)
+        self.scratch, stage = shared.view(dtype) if worked else None, shared if staged else shared[:0]
         for first in range(min(IN_FLIGHT, len(sizes))):
-            own = [max(n) for n in zip(*sizes[first::IN_FLIGHT], strict=True)][:-1]
+            own = [max(n) for n in zip(*sizes[first::IN_FLIGHT], strict=True)][:3]
             self._slots.append(Slot(*(torch.empty(n, dtype=dtype, device=device) for n in own), stage))
         self._bytes = [[buffer.untyped_storage().nbytes() for buffer in slot] for slot in self._slots]
         self.__exit__()

@@ -87,11 +87,14 @@ class Plan:
     def waves(self) -> tuple[tuple[int, ...], ...]:
         """Matrices of each wave, in forward order: about `wave_numel` elements per home, so that homes finish together.
 
+        Small matrices come first, so that those of one shape share their matmuls instead of adding some to every wave.
         The blocks of a team are in one wave: their ranks meet in its collectives.
         """
+        small = self.wave_numel // 32
+        ordered = sorted(self.layout.together, key=lambda blocks: self.layout.matrices[blocks[0]].numel > small)
         taken = [0] * self.layout.world
         waves: dict[int, list[int]] = defaultdict(list)
-        for together in self.layout.together:
+        for together in ordered:
             wave = max(taken[home] // self.wave_numel for block in together for home in self.homes[block])
             for block in together:
                 for home in self.homes[block]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distributed_muon import DistributedMuon
-from distributed_muon.engine import newton_schulz
+from distributed_muon.layout import memory
 from distributed_muon.layout.plan import make_plan
 from perf.memory import transient_bytes
 from tests.checks import on_ranks
@@ -26,7 +26,7 @@ def step_bytes(layers: int, rank: int, reduce_dtype: torch.dtype, strategy: str)
     for param in params:
         torch.distributed.broadcast(param.data, 0)
     small_waves = mock.patch("distributed_muon.engine.step.make_plan", partial(make_plan, wave_bytes=WAVE))
-    small_batches = mock.patch.dict(newton_schulz.BATCH_NUMEL, {"cpu": WAVE // 8})  # as small beside a wave as usual
+    small_batches = mock.patch.dict(memory.BATCH_NUMEL, {"cpu": WAVE // 8})  # as small beside a wave as usual
     with small_waves:
         ours = DistributedMuon(params, bucket_mb=BUCKET_MB, reduce_dtype=reduce_dtype, strategy=strategy)
     for _ in range(2):

@@ -101,7 +101,7 @@ def test_slots_are_as_large_as_what_travels() -> None:
     total = [0] * 4
     for rank in range(4):
         for wave, sizes in zip(plan.schedule(rank), slot_elements(plan)[:, rank].tolist(), strict=True):
-            matrices, held, home, stage = sizes
+            matrices, held, home, stage, _ = sizes
             assert matrices == sum(plan.layout.matrices[m].numel for stack in wave.stacks for m in stack)
             sent, received = (sum(p.numel for p in pieces) for pieces in (wave.gather.send, wave.gather.recv))
             back_sent, back = (sum(p.numel for p in pieces) for pieces in (wave.scatter.send, wave.scatter.recv))
@@ -109,13 +109,14 @@ def test_slots_are_as_large_as_what_travels() -> None:
             assert stage == sum(p.numel for p in wave.held)
             total[rank] += 2 * (sent + back_sent)
     assert total == plan.exchange_bytes_by_rank and max(total) > 0
-    sizes = [(10, 20, 30, 7), (40, 5, 6, 8), (1, 2, 3, 9), (20, 9, 70, 6)]
-    on_meta = Workspace(sizes, torch.bfloat16, torch.device("meta")).slot(1)
-    assert [(buffer.numel(), buffer.dtype) for buffer in on_meta[1:]] == [
+    sizes = [(10, 20, 30, 7, 0), (40, 5, 6, 8, 12), (1, 2, 3, 9, 5), (20, 9, 70, 6, 0)]
+    on_meta = Workspace(sizes, torch.bfloat16, torch.device("meta"))
+    assert [(buffer.numel(), buffer.dtype) for buffer in on_meta.slot(1)[1:]] == [
         (5, torch.bfloat16),
         (6, torch.bfloat16),
-        (9, torch.float32),
-    ], "one stage for all slots"
+        (10, torch.float32),
+    ], "one stage for all slots, rounded up to 8 bytes"
+    assert on_meta.scratch.numel() == 20, "in the same memory"
     workspace = Workspace(sizes, torch.bfloat16, torch.device("cpu"))
     slots = [workspace.slot(number) for number in range(3)]
     assert workspace.slot(3) is slots[0]

@@ -13,8 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distributed_muon.engine import newton_schulz
 from distributed_muon.engine.coefficients import COEFFICIENTS, coefficient_table
-from distributed_muon.engine.newton_schulz import orthogonalize, power_of_two_scale
+from distributed_muon.engine.newton_schulz import orthogonalize, orthogonalize_stacks, power_of_two_scale_
+from distributed_muon.kernels.table import KernelTable
+from distributed_muon.layout import memory
 from distributed_muon.layout.cost_model import choose_form, ns_flops
+from distributed_muon.layout.memory import newton_schulz_elements
 
 KELLER = (3.4445, -4.7750, 2.0315)
 SQUARE = ((1, 1), (2, 2), (18, 18), (64, 64), (128, 128), (257, 257))
@@ -68,7 +71,7 @@ def test_scaling_in_bf16_has_the_bits_of_scaling_in_fp32():
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
     every = every[every.isfinite()]
     for exponent in range(-126, 127):
-        scale = power_of_two_scale(torch.tensor([2.0**exponent]))
+        scale = power_of_two_scale_(torch.tensor([2.0**exponent]))
         assert torch.equal(every * scale.bfloat16(), (every * scale.float()).bfloat16()), exponent
     x = torch.randn(40, 60, generator=torch.Generator().manual_seed(3)).bfloat16() * 1e-20
     assert torch.equal(orthogonalize(x), orthogonalize(x.float()))
@@ -241,11 +244,13 @@ def test_subnormal_input_is_orthogonalized(dtype):
     assert cosine(output, nearest(matrix)) > 0.95
 
 
-def test_fp16_output_is_normalized_before_the_cast():
+def test_fp16_has_the_range_for_input_of_any_scale():
     matrix = randn(6, 10)
-    expected = (matrix / torch.linalg.vector_norm(matrix)).half()
-    assert torch.equal(newton_schulz._normalized(matrix, torch.float16, 1e-7), expected)
     for scale in (1e-9, 1e3, 1e30):
+        normalized = torch.empty(6, 10, dtype=torch.float16)
+        newton_schulz._normalize([matrix * scale], normalized, normalized, 1e-7)
+        expected = matrix / torch.linalg.vector_norm(matrix)
+        torch.testing.assert_close(normalized.float(), expected, rtol=2**-10, atol=2**-24)
         output = orthogonalize(matrix * scale, dtype=torch.float16)
         assert output.dtype == torch.float16
         assert cosine(output, nearest(matrix)) > 0.96
@@ -261,7 +266,8 @@ def test_entries_of_one_sign_are_scaled_too(sign):
 def test_power_of_two_scale():
     largest = torch.tensor([1.0, 1.99, 3.0, 2.0**-126, 2.0**127, 0.0, 1e-45, math.inf, math.nan])
     expected = [1.0, 1.0, 0.5, 2.0**126, 2.0**-126, 2.0**126, 2.0**126, 2.0**-126, 2.0**-126]
-    assert power_of_two_scale(largest).tolist() == expected
+    assert power_of_two_scale_(largest.bfloat16()).tolist() == expected
+    assert power_of_two_scale_(largest).tolist() == expected
 
 
 @BOTH_FORMS
@@ -310,8 +316,29 @@ def test_batches_cover_the_stack_and_its_remainder(monkeypatch, shape):
     stack = randn(*shape)
     expected = torch.stack([orthogonalize(matrix, dtype=torch.float32) for matrix in stack])
     for batch in (1, 3, 4, 10):
-        monkeypatch.setitem(newton_schulz.BATCH_NUMEL, "cpu", batch * shape[1] * shape[2])
+        monkeypatch.setitem(memory.BATCH_NUMEL, "cpu", batch * shape[1] * shape[2])
         torch.testing.assert_close(orthogonalize(stack, dtype=torch.float32), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3, 4, 5, 6])
+@pytest.mark.parametrize("sides", [(24, 30), (8, 40)], ids=str)  # the standard form, and "gram"
+@pytest.mark.parametrize("batch", [2, 4, 100])
+def test_wide_and_tall_stacks_share_batches_in_place(monkeypatch, batch, sides, steps):
+    monkeypatch.setitem(memory.BATCH_NUMEL, "cpu", batch * math.prod(sides))
+    table, kernels = coefficient_table("quintic", steps), KernelTable("cpu", "nothing", ())
+    stacks = [randn(3, *sides), randn(4, *sides[::-1], seed=1), randn(1, *sides, seed=2)]
+    expected = torch.cat([orthogonalize(stack, steps=steps, dtype=torch.float64).view(-1) for stack in stacks])
+    flat = torch.cat([stack.double().view(-1) for stack in stacks])
+    parts = flat.split([stack.numel() for stack in stacks])
+    views = [part.view(stack.shape) for part, stack in zip(parts, stacks, strict=True)]
+    needed = newton_schulz_elements(*sides, 8, choose_form(*sides, steps) == "gram", batch)
+    scratch = torch.full((needed + 32,), math.nan, dtype=torch.float64)
+    orthogonalize_stacks(views, flat, table, form="auto", eps=1e-7, kernels=kernels, scratch=scratch)
+    torch.testing.assert_close(flat, expected, rtol=0, atol=1e-9)
+    assert scratch[needed:].isnan().all() and not scratch[:needed].isnan().all()
+    only_wide = views[0].clone()
+    orthogonalize_stacks([only_wide], only_wide.view(-1), table, form="auto", eps=1e-7, kernels=kernels)
+    torch.testing.assert_close(only_wide, orthogonalize(views[0], steps=steps, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("form", "products"), [("auto", 15), ("standard", 15 * 16)])
