@@ -78,7 +78,7 @@ def orthogonalize(
     output = torch.empty(matrices.shape, dtype=dtype, device=matrices.device) if out is None else out
     if not output.numel():
         return output
-    kernels = kernels or KernelTable.load(None, output.device)
+    kernels = kernels or KernelTable.load(None, output.device, dtype)
     rows, cols = matrices.shape[-2:]
     iterate = _gram if (choose_form(rows, cols, len(table)) if form == "auto" else form) == "gram" else _standard
     # Work on (rows, cols) where one matrix at a time is right, on (batch, rows, cols) where batching pays.
