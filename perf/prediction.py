@@ -6,6 +6,8 @@ What is assumed:
   A `MeasuredTraining` brings their seconds instead.
 - Reduce-scatters hide under the backward and all-gathers under the forward of one microbatch; the buckets that
   backward fills last, one an algorithm, are always exposed: nothing runs beside their collectives.
+- FSDP2 gathers every layer once more under backward, where its reduce-scatters queue behind it; the root (embedding,
+  final norm, head) and the first layer have nothing to hide under. It does all that in every microbatch; one counts.
 - Rings over several nodes use every port of a node: a rank's rate is NVLink's or that of its group's ports in the
   node, whichever is less. Each starts with a latency and one hop per further node; the step's one small
   all-reduce is a tree.
@@ -94,6 +96,7 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
     microbatch = forward_backward / training.microbatches
     ring = {"reduce_scatter": 0.0, "all_gather": 0.0}
     last_ring = dict(ring)
+    again = 0.0
     exposed: dict[str, float] = defaultdict(float)
     communication: dict[str, float] = defaultdict(float)
     memory: dict[str, float] = defaultdict(float)
@@ -105,9 +108,12 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
         local = sum(tensor.numel for tensor in domain.plan.layout.tensors)
         muon = 0 if adamw else sum(t.numel for t in domain.plan.layout.tensors if t.rule is not None)
         for kind, share in (("reduce_scatter", 4 / 6), ("all_gather", 2 / 6)):
-            moved, last = domain.adamw_bytes * share, sum(domain.last_buckets) / sum(domain.buckets)
+            moved = (domain.adamw_bytes - domain.again_bytes) * share
+            last = sum(domain.last_buckets) / sum(domain.buckets)
             ring[kind] += place.ring_seconds(kind, len(domain.buckets), moved)
             last_ring[kind] += place.ring_seconds(kind, len(domain.last_buckets), moved * last)
+        if domain.again_bytes:
+            again += place.ring_seconds("all_gather", len(domain.buckets), domain.again_bytes)
         touched = muon * _MUON_TOUCHED + (local - muon) * _ADAMW_TOUCHED
         in_waves = muon * _WAVES_TOUCHED / place.dp / machine.memory_bytes_per_second
         exposed["elementwise"] += touched / place.dp / machine.memory_bytes_per_second + in_waves
@@ -132,9 +138,9 @@ def predict(training: Workload, setup: Setup, machine: Machine) -> Prediction:
             waited = pipeline(waves, seconds + packing) - seconds - packing
             exposed["exchange"] += waited
             exposed["delayed"] += max(0.0, machine.delay("all_to_all") * waves.exchange - waited)
-    windows = {"reduce_scatter": microbatch * 2 / 3, "all_gather": microbatch / 3}
+    windows = {"reduce_scatter": microbatch * 2 / 3 - again, "all_gather": microbatch / 3}
     for kind, seconds in ring.items():
-        communication[kind] = seconds
+        communication[kind] = seconds + (again if kind == "all_gather" else 0.0)
         exposed[kind] = max(last_ring[kind], seconds - windows[kind]) if setup.overlap else seconds
         exposed["delayed"] += max(0.0, seconds * machine.delay(kind) - exposed[kind]) if setup.overlap else 0.0
     return Prediction(

@@ -36,6 +36,8 @@ SETUPS = {
     "Muon, gather": Setup("gather"),
     "Muon, gather, flat buffer": Setup("gather", "flat"),
     "ZeRO-1 AdamW": Setup("adamw"),
+    "FSDP2, Muon, home": Setup("home", "fsdp2"),
+    "FSDP2, AdamW": Setup("adamw", "fsdp2"),
 }
 
 Change = Callable[[Training, Setup, Machine], tuple[Training, Setup, Machine]]

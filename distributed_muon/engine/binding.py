@@ -253,10 +253,7 @@ class Binding:
                 spans = by_group[self._owned[self._tensor_of[piece.matrix]].group]
                 spans.append(Span(piece.rows, piece.cols, (Window(*self._source(piece), piece.stride), first)))
                 again += [Span(piece.rows, piece.cols, (other, first)) for other in others]
-        packed = [
-            self._with_others(group, self._cut(spans, always=True), slot.held, slot)
-            for group, spans in by_group.items()
-        ]
+        packed = [self._with_others(group, self._cut(spans), slot.held, slot) for group, spans in by_group.items()]
         return packed, _pair(merge(again), slot.held, slot)
 
     def _moved(
@@ -286,11 +283,9 @@ class Binding:
             for (group, ratio), spans in by_rule.items()
         ]
 
-    def _cut(self, spans: Sequence[Span], always: bool = False) -> list[Span]:
-        """Merged spans, in the lengths of temporaries where there are any: on the CPU those of `always`."""
-        merged = merge(spans)
-        staged = any(part.master.device.type != "cpu" for part in self._parts)
-        return list(_in_cache(merged, self._parts)) if always or staged else merged
+    def _cut(self, spans: Sequence[Span]) -> list[Span]:
+        """Merged spans, in the lengths of temporaries."""
+        return list(_in_cache(merge(spans), self._parts))
 
     def _with_others(self, group: int, spans: list[Span], wire: Tensor, slot: Slot) -> Views:
         views = Views(group, spans)

@@ -78,7 +78,7 @@ def orthogonalize(
     output = torch.empty(matrices.shape, dtype=dtype, device=matrices.device) if out is None else out
     if output.numel():
         stack = matrices.view(-1, *matrices.shape[-2:])
-        kernels = kernels or KernelTable.load(None, output.device)
+        kernels = kernels or KernelTable.load(None, output.device, dtype)
         orthogonalize_stacks([stack], output.view(-1), table, form=form, eps=eps, kernels=kernels)
     return output
 

@@ -78,7 +78,7 @@ class ShardedStep:
         self.members, self.param_groups, self.options = members, param_groups, options
         self.collectives, self.device = collectives, device
         self.timer = collectives.timer = StepTimer(device)
-        self.kernels = KernelTable.load(options.ns_table, device)
+        self.kernels = KernelTable.load(options.ns_table, device, options.ns_dtype)
         lines = [f"options {options}", f"kernel table {self.kernels.source}"]
         lines += [*(f"group {i} {describe_group(g)}" for i, g in enumerate(param_groups))]
         each = (f"parameter {m.spec}, {m.param.dtype}, group {m.group}" for m in members)

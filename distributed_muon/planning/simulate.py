@@ -23,6 +23,7 @@ Bytes and FLOPs are per rank and step; matrices and parameters those of the whol
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,8 +85,10 @@ class DomainPlan:
             this domain (ep for experts).
         state_bytes: fp32 masters and optimizer state of every rank, bucket padding included.
         state_bytes_ideal: the same without padding. adamw_bytes: see StageReport.
-        buckets: elements of each. last_buckets: elements of the first layers', one an algorithm: when backward has
-            filled them, nothing is left to run beside their reduction.
+        buckets: elements of each; with layout "fsdp2" of the root and every layer, which FSDP2 moves as one.
+        last_buckets: elements of the first layers', one an algorithm, or of the root, if any, and the first layer:
+            when backward has filled them, nothing is left to run beside their reduction.
+        again_bytes: of `adamw_bytes`, those of the gather that FSDP2 repeats in backward.
         held: elements of parameters that every rank keeps from step to step, padding included.
     """
 
@@ -98,6 +101,7 @@ class DomainPlan:
     buckets: tuple[int, ...] = ()
     last_buckets: tuple[int, ...] = ()
     held: int = 0
+    again_bytes: float = 0.0
 
     @property
     def parameter_bytes(self) -> int:
@@ -248,8 +252,11 @@ def _domain(
     numels = [tensor.numel for tensor in tensors]
     muon = [index for index, tensor in enumerate(tensors) if tensor.rule is not None]
     adamw = [index for index, tensor in enumerate(tensors) if tensor.rule is None]
-    buckets: tuple[list[Bucket], ...] = ()
     if job.layout == "fsdp2":
+        by_layer = _by_layer(shapes, numels)
+        sizes = tuple(by_layer.values())
+        last = sizes[: 2 if None in by_layer else 1]
+        again = sum(_PARAMETER_BYTES * numel for layer, numel in by_layer.items() if layer is not None)
         by_dp_rank = cut_rows([tensor.shape for tensor in tensors], dp)
         most = {shard.tensor: shard.stop - shard.start for shard in by_dp_rank[0]}
         padded = [sum(most[index] for index in chosen) for chosen in (muon, adamw)]
@@ -259,7 +266,8 @@ def _domain(
         by_dp_rank = cut_buckets([*buckets[0], *buckets[1]], numels, dp)
         padded = [sum(bucket.numel for bucket in some) // dp for some in buckets]
         held = sum(padded) * dp
-    wire = [_wire_bytes(shape, job) * numel for shape, numel in zip(shapes, numels, strict=True)]
+        sizes = tuple(bucket.numel for some in buckets for bucket in some)
+        last, again = tuple(some[-1].numel for some in buckets if some), 0
     shards = [by_dp_rank[rank // tp] for rank in range(dp * tp)]
     layout = Layout.build(tensors, shards, [rank % tp for rank in range(dp * tp)])
     exact = [sum(numels[index] for index in chosen) / dp for chosen in (muon, adamw)]
@@ -269,16 +277,20 @@ def _domain(
         ranks_per_slice=job.ep if expert else 1,
         state_bytes=padded[0] * _MUON_STATE_BYTES + padded[1] * _ADAMW_STATE_BYTES,
         state_bytes_ideal=exact[0] * _MUON_STATE_BYTES + exact[1] * _ADAMW_STATE_BYTES,
-        adamw_bytes=sum(wire) * (dp - 1) / dp,
-        buckets=tuple(bucket.numel for some in buckets for bucket in some),
-        last_buckets=tuple(some[-1].numel for some in buckets if some),
+        adamw_bytes=((_GRADIENT_BYTES + _PARAMETER_BYTES) * sum(numels) + again) * (dp - 1) / dp,
+        buckets=sizes,
+        last_buckets=last,
         held=held,
+        again_bytes=again * (dp - 1) / dp,
     )
 
 
-def _wire_bytes(shape: ParameterShape, job: Job) -> int:
-    """Per element, under AdamW: fp32 gradient (4) and bf16 parameter (2), which layers under FSDP2 gather twice."""
-    return 8 if job.layout == "fsdp2" and shape.layer is not None else 6
+def _by_layer(shapes: Sequence[ParameterShape], numels: Sequence[int]) -> dict[int | None, int]:
+    """Elements of the root (None), where there is one, and of every layer, in the order of forward."""
+    out: dict[int | None, int] = defaultdict(int)
+    for shape, numel in zip(shapes, numels, strict=True):
+        out[shape.layer] += numel
+    return dict(sorted(out.items(), key=lambda item: (item[0] is not None, item[0])))
 
 
 def _buckets(chosen: Sequence[int], numels: Sequence[int], dp: int, job: Job) -> list[Bucket]:

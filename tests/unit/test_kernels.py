@@ -101,10 +101,39 @@ def test_standard_form_never_takes_panels(narrow_panels):
 # ---- which products
 
 
-def test_the_shipped_table_of_cpus_takes_panels_from_512_rows() -> None:
-    table = KernelTable.load(None, torch.device("cpu"))
-    assert kernels.products_of(torch.empty(511, 8), table) == kernels.FULL
-    assert kernels.products_of(torch.empty(512, 8), table) == (panels.xxt, panels.symmetric_addmm)
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("amx", "dtype", "shape", "xxt", "addmm"),
+    [
+        (False, BF16, (511, 8), False, False),
+        (False, BF16, (512, 8), True, True),
+        (True, FP32, (512, 8), True, True),
+        (True, BF16, (1024, 1024), False, False),
+        (True, BF16, (1024, 2048), True, False),
+        (True, BF16, (2048, 2048), True, True),
+    ],
+)
+def test_the_shipped_table_of_cpus_knows_amx(monkeypatch, amx, dtype, shape, xxt, addmm) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx}, raising=False)
+    chosen = kernels.products_of(torch.empty(shape, dtype=dtype), KernelTable.load(None, torch.device("cpu"), dtype))
+    assert chosen.xxt == (panels.xxt if xxt else kernels.FULL.xxt)
+    assert chosen.addmm == (panels.symmetric_addmm if addmm else kernels.FULL.addmm)
+
+
+def test_the_shipped_table_is_of_the_dtype_that_is_iterated_in(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.setitem(
+        SHIPPED, "cpu", KernelTable("cpu", "for tests", tuple(Rule(p, 8, 0, "panels") for p in PRODUCTS))
+    )
+    monkeypatch.setattr(panels, "MIN_WIDTH", 4)
+    flops = {}
+    for dtype in (FP32, BF16):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize(randn(33, 40), form="auto", dtype=dtype)
+        flops[dtype] = counter.get_total_flops()
+    assert flops[FP32] < 0.9 * flops[BF16] == 0.9 * ns_flops(33, 40, 5, "standard")
 
 
 def test_the_largest_rule_that_fits_decides() -> None:
