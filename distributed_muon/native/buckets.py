@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ class FlatBucket:
         first, size = self._params[0], spec.numel // collectives.size
         self.flat = torch.zeros(spec.numel, dtype=first.dtype, device=first.device)
         self.title = f"bucket of {describe(self._names)}, {self.flat.nbytes} bytes"
-        self._places: list[int] = [0] * len(self._params)
+        self._shapes = [param.shape for param in self._params]
+        self._places: list[Any] = [None] * len(self._params)
         self._link(range(len(self._params)))
         begin = collectives.rank * size
         place = dict(zip(spec.tensors, spec.offsets, strict=True))
@@ -67,7 +69,7 @@ class FlatBucket:
         torch._foreach_copy_([views[number] for number in numbers], [self._params[number] for number in numbers])
         for number in numbers:
             self._params[number].data = from_dlpack(to_dlpack(views[number]))
-            self._places[number] = self._params[number].data_ptr()
+            self._places[number] = _place(self._params[number])
 
     def link_again(self) -> bool:
         """Take back parameters that were given other memory, with the values they have there.
@@ -78,16 +80,23 @@ class FlatBucket:
         Raises:
             RuntimeError: a parameter was moved to another dtype, device or shape.
         """
-        dtype, now = self.flat.dtype, [param.data_ptr() for param in self._params]
+        now = list(map(_place, self._params))
         if now == self._places:
             return False
         moved = [number for number, place in enumerate(self._places) if now[number] != place]
-        for param, name in ((self._params[number], self._names[number]) for number in moved):
-            if param.dtype != dtype or param.device != self.flat.device:
-                raise RuntimeError(
-                    f"parameter {name!r} is now {param.dtype} on {param.device}, the optimizer was built for "
-                    f"{dtype} on {self.flat.device}: move the model first, then build DistributedMuon"
+        begin, end = self.flat.data_ptr(), self.flat.data_ptr() + self.flat.nbytes
+        for number in moved:
+            param, built = self._params[number], (self._shapes[number], self.flat.dtype, self.flat.device)
+            if (param.shape, param.dtype, param.device) != built:
+                is_now, was = (
+                    f"{tuple(s)} {t} on {d}" for s, t, d in ((param.shape, param.dtype, param.device), built)
                 )
+                raise RuntimeError(
+                    f"parameter {self._names[number]!r} is now {is_now}, the optimizer was built for {was}: move or "
+                    "resize the model first, then build DistributedMuon"
+                )
+            if begin <= param.data_ptr() < end:  # turned in place: it must not be copied onto itself
+                param.data = param.data.clone()
         self._link(moved)
         return True
 
@@ -100,8 +109,8 @@ class FlatBucket:
         """Every member's elements of `flat`, in its shape."""
         # One operation each; `narrow` and `view` together take seven times as long.
         return [
-            flat.as_strided(param.shape, _strides(param.shape), offset)
-            for param, offset in zip(self._params, self.spec.offsets, strict=True)
+            flat.as_strided(shape, _strides(shape), offset)
+            for shape, offset in zip(self._shapes, self.spec.offsets, strict=True)
         ]
 
     def copies_gradient(self, dtype: torch.dtype) -> bool:
@@ -122,6 +131,11 @@ class FlatBucket:
     def all_gather(self) -> Pending:
         """Start gathering the others' parts of `flat`, of which this rank's was published."""
         return self._collectives.all_gather(self.flat)
+
+
+def _place(param: Tensor) -> tuple[Any, ...]:
+    """Changes whenever a parameter is given other memory, or another view of its own."""
+    return param.data_ptr(), param.shape, param.stride()
 
 
 @lru_cache(maxsize=4096)

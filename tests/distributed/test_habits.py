@@ -120,7 +120,7 @@ def move_to_where_it_is(run: Run) -> None:
 def other_dtype_and_back(run: Run) -> None:
     """Row 40."""
     run.model.double().to(run.dtype)
-    assert run.params[0].data_ptr() != run.optimizer._buckets[0]._places[0]
+    assert run.params[0].data_ptr() != run.optimizer._buckets[0]._places[0][0]
 
 
 @habit
@@ -132,6 +132,15 @@ def new_data(run: Run) -> None:
 @habit
 def new_data_with_other_strides(run: Run) -> None:
     run.params[0].data = run.params[0].data.t().contiguous().t()
+
+
+@habit
+def turned_in_place(run: Run) -> None:
+    def turn(p: Tensor) -> None:
+        p.copy_(torch.arange(1.0, p.numel() + 1).view(p.shape))
+        p.data = p.data.view(p.shape[::-1]).t() if p.ndim == 2 else p.data
+
+    run.write(turn)
 
 
 @habit
@@ -236,10 +245,17 @@ def rank_0_decides_the_start(run: Run) -> None:
     run.optimizer.check_replicas()
 
 
-@refused(r"parameter '\w+\.weight' is now torch\.float64 on cpu, the optimizer was built for")
+@refused(r"parameter '\w+\.weight' is now \(\d+, \d+\) torch\.float64 on cpu, the optimizer was built for")
 def other_dtype(run: Run) -> None:
     run.model.double()
     run.params[0].grad = torch.zeros_like(run.params[0])
+    run.optimizer.state_dict()
+
+
+@refused(r"parameter 'first\.weight' is now \(3, 7\) torch\.\w+ on cpu, the optimizer was built for \(12, 7\)")
+def other_shape(run: Run) -> None:
+    """Row by row the memory is the same."""
+    run.params[0].data = run.params[0].data[:3]
     run.optimizer.state_dict()
 
 
