@@ -114,7 +114,11 @@ def orthogonalize_stacks(
             spare, other, *squares = _carve(scratch, x_shapes * 2 + squares)
             x = spare.view(parts[0].shape[1:])
             _normalize([parts[0][0]], x, x, eps)
-            x, buffers = x.mT if tall else x, (other, spare)
+            buffers = other, spare
+            if tall:
+                # The Gram form leaves a tall matrix the transposed view it is; torch.optim.Muon's turns contiguous.
+                x = x.mT
+                buffers = (other.view(long, short).mT, x) if gram else buffers
         else:
             # Of two buffers that take turns, the last one is the output, or the spare one if that is to be transposed.
             # torch's batched bf16 matmul on a CPU is 80 times slower on transposed views.

@@ -297,6 +297,25 @@ def test_inf_and_nan_reach_the_output_of_their_matrix_alone(poison, form):
 # ---- stacks, strides, aliasing
 
 
+class Transposing(TorchDispatchMode):
+    """Counts copies between tensors of different strides."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.copy_.default:
+            self.count += args[0].squeeze().stride() != args[1].squeeze().stride()
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("shape", [(2000, 96), (96, 2000)])  # too large to share a batch
+def test_gram_form_transposes_no_matrix(shape):
+    matrix = randn(*shape)
+    with Transposing() as copies:
+        orthogonalize(matrix, form="gram", dtype=torch.float32, out=torch.empty(shape))
+    assert copies.count == 0
+
+
 @pytest.mark.parametrize("form", ["standard", "gram", "auto"])
 @pytest.mark.parametrize("shape", [(6, 8, 6), (8, 8, 8), (7, 4, 12), (1, 5, 5)], ids=str)
 def test_a_stack_equals_a_loop(shape, form):
