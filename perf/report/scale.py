@@ -36,6 +36,8 @@ SETUP_COLORS = {
     "Muon, gather": AMBER,
     "Muon, gather, flat buffer": RED,
     "ZeRO-1 AdamW": GREY,
+    "FSDP2, Muon, home": TEAL,
+    "FSDP2, AdamW": PALE_BLUE,
 }
 HOME = "Muon, home"
 Rows = Sequence[Mapping[str, Any]]
