@@ -191,11 +191,7 @@ class DistributedMuon(torch.optim.Optimizer):
         written = self._linked.written() if problem is None else None
         again = True
         while again:
-            if reducer is None:
-                _copy_averaged_gradients(self.sharded_parameters)
-                has_gradient, stale = [param.grad is not None for param in self._params], []
-            else:
-                has_gradient, stale = reducer.finish()
+            has_gradient, stale = _take_averaged(self.sharded_parameters) if reducer is None else reducer.finish()
             agreement = self._engine.agree(has_gradient, [problem is not None, *stale], written)
             wrong, *stale = agreement.flags
             if wrong:
@@ -447,11 +443,13 @@ def _scale_gradients(buckets: Sequence[FlatBucket], factor: float) -> None:
         bucket.part.grad.mul_(factor)
 
 
-def _copy_averaged_gradients(parameters: Sequence[OwnedParameter]) -> None:
+def _take_averaged(parameters: Sequence[OwnedParameter]) -> tuple[list[bool], list[bool]]:
+    """What `GradientReducer.finish` returns, where a wrapper has reduced: copies this rank's elements of p.grad."""
     for p in parameters:
         if p.part is not None:
             whole = p.param.grad
             p.grad.zero_() if whole is None else p.grad.copy_(whole.reshape(-1)[p.start : p.stop])
+    return [p.param.grad is not None for p in parameters], []
 
 
 def _members(groups: Sequence[Mapping[str, Any]], order: Mapping[str, int]) -> list[Member]:
