@@ -110,6 +110,15 @@ def _scale(result: Mapping[str, Any]) -> Rows:
         yield from _picked(name, row, "over_adamw", "over_adamw_full_size", "ns_max_over_ideal")
 
 
+def _timeline(result: Mapping[str, Any]) -> Rows:
+    for row in result["rows"]:
+        name = f"{row['setup']}, {row['ranks']} ranks"
+        yield from _picked(name, row, "forward_backward_seconds", "added_seconds", "share")
+        yield from _picked(name, row["counts"], "launches", "allocations", "waits")
+        for label, times in row["communication"].items():
+            yield from _collective(f"{name}, {label}", times)
+
+
 def _newton_schulz(result: Mapping[str, Any]) -> Rows:
     for row in result["rows"]:
         for form, seconds in row["seconds"].items():
@@ -184,6 +193,7 @@ _OF: dict[str, Callable[[Any], Rows]] = {
     "benchmark": _benchmark,
     "two_hosts": _benchmark,
     "scale": _scale,
+    "timeline": _timeline,
     "fsdp2_step": _fsdp2,
     "deepspeed_step": _deepspeed,
     "megatron_step": _megatron,

@@ -35,6 +35,7 @@ def test_kept_results_fit(kind: str) -> None:
     [
         ("step", lambda result: result["rows"][0].pop("sent_bytes")),
         ("comm", lambda result: result["contenders"]["home"]["collectives"]["all_gather"].pop("alone_seconds")),
+        ("timeline", lambda result: result["rows"][0]["communication"]["to_homes"].pop("exposed_seconds")),
         ("two_hosts", lambda result: result["checks"][0]["rows"][0].pop("off")),
         ("links", lambda result: result["links"]["all_gather"].update(alpha_seconds="1 ms")),
     ],
