@@ -44,7 +44,9 @@ class Options:
             (sqrt(max(rows, cols))) or "unit_rms_norm" (sqrt(rows / cols)).
         update_scale: one more factor on every update of Muon, not on the decay.
         betas, adamw_eps: of AdamW groups, which hold them as "betas" and "eps" like torch.optim.AdamW's.
-        ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape.
+        ns_form: "standard" is bit-identical to torch.optim.Muon on CPUs; "gram"; "auto", the faster by shape. "gram" is
+            for long matrices, to which "auto" gives it: with the tables "polar_express" and "cans", bf16's rounding can
+            make it blow up a small square matrix that is nearly singular.
         ns_table: file of `python -m perf.newton_schulz --tune`, which names the kernels of "gram" and "auto" for the
             device at hand; read at construction. None: the table shipped (`kernels.table`).
         ns_dtype: of Newton-Schulz and of what travels for it: torch.bfloat16 or torch.float32.
