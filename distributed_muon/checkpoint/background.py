@@ -57,8 +57,11 @@ class Saving:
 class Stage:
     """Host memory for the state of saves in the background, the same from save to save.
 
-    What only a step changes is copied by the thread, under the next forward and backward: a step calls `wait` before
-    it changes any.
+    What only a step changes is copied by the thread, under the next forward and backward: a step waits for `filled`
+    before it changes any.
+
+    Attributes:
+        filled: set once all is copied, or never will be; of the save that began last.
     """
 
     def __init__(self) -> None:
@@ -68,7 +71,7 @@ class Stage:
     def begin(self) -> None:
         """Start a save, which takes tensors in the order of the one before."""
         self._used, self._pairs = 0, []
-        self._filled = threading.Event()
+        self.filled = threading.Event()
         self._stream: torch.Stream | None = None
 
     def now(self, tensor: Tensor) -> Tensor:
@@ -95,11 +98,7 @@ class Stage:
     def release(self) -> None:
         """Keep no step waiting any more."""
         self._pairs = []
-        self._filled.set()
-
-    def wait(self) -> None:
-        """Wait until all is copied."""
-        self._filled.wait()
+        self.filled.set()
 
     def _next(self, tensor: Tensor) -> Tensor:
         number = self._used
@@ -157,5 +156,5 @@ def in_background(optimizer: Any, view: CheckpointView, write: Callable[[Collect
 
     _last = Saving(run)
     for engine in view.engines:
-        engine.settle = stage.wait
+        engine.settle = stage.filled.wait  # only now: a save that failed before must not keep steps waiting
     return _last

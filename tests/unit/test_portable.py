@@ -19,7 +19,7 @@ from torch import nn
 
 from distributed_muon import DistributedMuon, Experts, Split, checkpoint, muon_param_groups
 from distributed_muon.__main__ import main
-from distributed_muon.checkpoint import DamagedCheckpoint, saving
+from distributed_muon.checkpoint import DamagedCheckpoint, background, saving
 from distributed_muon.checkpoint.places import Patch, _places, copy_elements, whole_shape
 from distributed_muon.layout.matrices import TensorSpec
 from distributed_muon.layout.pieces import Layout, Shard
@@ -199,6 +199,16 @@ def test_a_save_in_the_background_is_of_the_moment_it_was_asked_for(tmp_path: Pa
     for name, step in (("two", 2), ("one", 1)):
         assert checkpoint.load(tmp_path / name, model, optimizer) == {"step": step}
     assert_same(everything(model, optimizer), target)
+
+
+def test_a_save_that_cannot_copy_leaves_steps_free(tmp_path: Path) -> None:
+    model, optimizer = build()
+    checkpoint.save(tmp_path / "one", model, optimizer, wait=False).wait()
+    with mock.patch.object(background, "_copy", side_effect=MemoryError("no room")), pytest.raises(MemoryError):
+        checkpoint.save(tmp_path / "two", model, optimizer, wait=False)
+    train(model, optimizer, range(1), 0)
+    checkpoint.save(tmp_path / "two", model, optimizer, {"step": 1}, wait=False).wait()
+    assert checkpoint.load(tmp_path / "two", model, optimizer) == {"step": 1}
 
 
 @pytest.mark.parametrize("change", ["step", "load_state_dict", "state_dict"])
