@@ -30,6 +30,20 @@ PART_COLORS = {
     "delayed": "#f0d9d8",
 }
 
+# Phases that the optimizer times.
+PHASE_COLORS = {
+    "newton_schulz": BLUE,
+    "momentum": PALE_BLUE,
+    "update": "#bcd5fa",
+    "adamw": GREY,
+    "scatter_pack": "#9adbd0",
+    "gather_wait": TEAL,
+    "scatter_wait": "#12705f",
+    "reduce_scatter_wait": AMBER,
+    "all_gather_wait": VIOLET,
+    "agreement": RED,
+}
+
 plt.rcParams.update(
     {
         "font.family": "DejaVu Sans",

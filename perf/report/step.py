@@ -10,16 +10,13 @@ from matplotlib.figure import Figure
 
 from perf.bandwidth import overlap
 from perf.report.chart import (
-    AMBER,
     BLUE,
     GREY,
     HALF,
     INK,
-    PALE_BLUE,
+    PHASE_COLORS,
     RED,
     SOFT,
-    TEAL,
-    VIOLET,
     WHOLE,
     chart,
     legend_below,
@@ -28,19 +25,6 @@ from perf.report.chart import (
     row_places,
 )  # fmt: skip
 from perf.report.page import Section, Tile, folded, note, origin, pair, table
-
-PHASE_COLORS = {
-    "newton_schulz": BLUE,
-    "momentum": PALE_BLUE,
-    "update": "#bcd5fa",
-    "adamw": GREY,
-    "scatter_pack": "#9adbd0",
-    "gather_wait": TEAL,
-    "scatter_wait": "#12705f",
-    "reduce_scatter_wait": AMBER,
-    "all_gather_wait": VIOLET,
-    "agreement": RED,
-}
 
 
 def step_section(result: dict[str, Any]) -> Section:

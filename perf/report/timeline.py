@@ -6,34 +6,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from perf.report.chart import (
-    AMBER,
-    BLUE,
-    GREY,
-    INK,
-    PALE_BLUE,
-    RED,
-    TEAL,
-    VIOLET,
-    chart,
-    legend_below,
-    name_rows,
-    row_bars,
-    row_figure,
-    row_places,
-)  # fmt: skip
+from perf.report.chart import INK, PHASE_COLORS, chart, legend_below, name_rows, row_bars, row_figure, row_places
 from perf.report.page import Section, note, origin, table
 
-# Phases of the timeline, in the order of a step.
-PHASES = {
-    "reduce_scatter_wait": AMBER,
-    "agreement": RED,
-    "momentum": GREY,
-    "gather_wait": TEAL,
-    "newton_schulz": BLUE,
-    "scatter_wait": PALE_BLUE,
-    "all_gather_wait": VIOLET,
-}
+# Phases that have a bar of their own, in the order of a step.
+PHASES = (
+    "reduce_scatter_wait", "agreement", "momentum", "gather_wait", "newton_schulz", "scatter_wait", "all_gather_wait",
+)  # fmt: skip
 OTHERS = "the rest"
 
 
@@ -69,7 +48,7 @@ def phases_chart(rows: list[dict[str, Any]]) -> str:
 
     def draw(narrow: bool) -> Figure:
         figure, axes = row_figure("milliseconds of a step, by phase", len(rows), narrow)
-        row_bars(axes, narrow, parts, {**PHASES, OTHERS: INK})
+        row_bars(axes, narrow, parts, {**PHASE_COLORS, OTHERS: INK})
         totals = [sum(some.values()) * 1e3 for some in phases]
         for place, total in zip(row_places(len(rows), narrow), totals, strict=True):
             axes.text(total, place, f" {total:.1f}", va="center", fontsize=8.5, color=INK)
