@@ -54,8 +54,8 @@ def orthogonalize(
             "auto": whichever `choose_form` names. The latter two stack small matrices into batched matmuls
             and save on symmetric products (`kernels`); their last bits may depend on how matrices are stacked, on
             the device and on the kernel.
-        dtype: of the matmuls and of the output: bf16, fp16, fp32 or fp64. Rounding to it comes before the
-            division by the norm, as in torch.optim.Muon.
+        dtype: of the matmuls and of the output: bf16, fp16, fp32 or fp64. Rounding to bf16 comes before the
+            division by the norm, as in torch.optim.Muon; to fp16, with its short range, after it.
         eps: least norm to divide by. After the scaling only a zero matrix is below the default: it gives zeros.
         out: of the input's shape and of `dtype`, contiguous; may be `matrices`.
         kernels: which symmetric products to take; None is the shipped table.
@@ -178,8 +178,11 @@ def _normalize(stacks: Sequence[Tensor], scaled: Tensor, out: Tensor, eps: float
 
     Args:
         stacks: (..., rows, cols). scaled, out: of one shape and dtype, for the matrices of all stacks; may be one
-            tensor. `scaled` gets them multiplied by powers of two.
+            tensor. `scaled` gets them multiplied by powers of two, unless they are fp16.
     """
+    wide = torch.float32 if out.dtype == torch.float16 else out.dtype
+    if wide != out.dtype:  # rounded to its short range once, after the division
+        scaled = torch.empty_like(out, dtype=wide)
     # In bf16 the same bits as by way of fp32, without a copy in it.
     exact = torch.bfloat16 if stacks[0].dtype == out.dtype == torch.bfloat16 else torch.float32
     largest = out.new_empty((*out.shape[:-2], 1, 1), dtype=exact)
@@ -188,9 +191,8 @@ def _normalize(stacks: Sequence[Tensor], scaled: Tensor, out: Tensor, eps: float
     scales = _apart(power_of_two_scale_(largest), stacks)
     for stack, scale, target in zip(stacks, scales, _apart(scaled, stacks), strict=True):
         torch.mul(stack, scale, out=target)
-    wide = torch.float32 if out.dtype == torch.float16 else out.dtype  # whose largest number a norm may exceed
     norm = largest if exact == wide else largest.to(wide)  # memory of this shape
-    torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True, dtype=wide, out=norm)
+    torch.linalg.vector_norm(scaled, dim=(-2, -1), keepdim=True, out=norm)
     torch.div(scaled, norm.clamp_(min=max(eps, _TINY)), out=out)
 
 
