@@ -135,7 +135,7 @@ class FlatBucket:
 
 def _place(param: Tensor) -> tuple[Any, ...]:
     """Changes whenever a parameter is given other memory, or another view of its own."""
-    return param.data_ptr(), param.shape, param.stride()
+    return param.data_ptr(), param.shape, param.stride(), param.dtype
 
 
 @lru_cache(maxsize=4096)
