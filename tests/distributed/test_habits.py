@@ -652,3 +652,11 @@ def test_gradients_that_ddp_averages_too_are_refused(rank: int, world: int) -> N
     wrapped = nn.parallel.DistributedDataParallel(run.model)
     with pytest.raises(RuntimeError, match=r'where DistributedDataParallel averages it, .* gradient_reduction="none"'):
         wrapped(torch.ones(3, 7)).sum().backward()
+
+
+def test_the_same_memory_as_another_dtype_is_refused() -> None:
+    param = nn.Parameter(torch.ones(4, 6, dtype=torch.bfloat16))
+    optimizer = DistributedMuon([("w", param)])
+    param.data = param.data.view(torch.float16)
+    with pytest.raises(RuntimeError, match=r"parameter 'w' is now \(4, 6\) torch\.float16 on cpu"):
+        optimizer.state_dict()
